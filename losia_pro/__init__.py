@@ -1,0 +1,22 @@
+"""LoSiA-Pro: fine-tune a subnet of every linear layer, full rank, at the cost of a frozen network."""
+
+from . import reference
+from .config import LosiaConfig
+from .controller import Losia, attach
+from .delta import load_delta
+from .functional import subnet_linear
+from .linear import SubnetLinear
+from .localize import localize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Losia",
+    "LosiaConfig",
+    "SubnetLinear",
+    "attach",
+    "load_delta",
+    "localize",
+    "reference",
+    "subnet_linear",
+]

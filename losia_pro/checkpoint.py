@@ -1,0 +1,104 @@
+"""The controller's own state: what the model's and the optimizer's state dicts do not hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .profile import Profile
+
+if TYPE_CHECKING:
+    from .controller import Losia
+
+STATE_VERSION = 1
+
+
+class Reselection(NamedTuple):
+    """One linear's move: after ``step`` optimizer steps, ``group``'s linear ``name``.
+
+    ``score_kept`` is the share of the linear's whole score that its new subnet holds, ``overlap`` the
+    share of the new subnet's entries that were in the last; both in [0, 1].
+    """
+
+    step: int
+    group: int
+    name: str
+    score_kept: float
+    overlap: float
+
+
+# Settings that a resumed run must share with the one it continues.
+SETTINGS = (
+    "period",
+    "schedule",
+    "strategy",
+    "importance",
+    "score",
+    "beta1",
+    "beta2",
+    "rewarm",
+)
+
+
+def state_of(losia: Losia) -> dict[str, Any]:
+    """See ``Losia.state_dict``."""
+    modules: dict[str, dict[str, Any]] = {}
+    for name, m in losia.modules.items():
+        modules[name] = {
+            "out_idx": m.out_idx.clone(),
+            "in_idx": m.in_idx.clone(),
+            "subnet": m.subnet.detach().clone(),
+            "touched": [list(pair) for pair in losia._touched[name]],
+        }
+        if isinstance(m.profile, Profile):
+            modules[name]["importance"] = m.profile.importance.clone()
+            modules[name]["uncertainty"] = m.profile.uncertainty.clone()
+    return {
+        "version": STATE_VERSION,
+        "config": losia.config.to_dict(),
+        "base_digest": losia.base_digest,
+        "step": losia.step,
+        "history": [tuple(r) for r in losia.history],
+        "modules": modules,
+    }
+
+
+@torch.no_grad()
+def restore(losia: Losia, state: dict[str, Any]) -> None:
+    """See ``Losia.load_state_dict``."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"the state's version is {state.get('version')!r}; this release reads {STATE_VERSION}"
+        )
+    saved = state["modules"]
+    if saved.keys() != losia.modules.keys():
+        odd = sorted(saved.keys() ^ losia.modules.keys())
+        raise ValueError(f"the state is of other modules: {odd[0]} is on one side only")
+    for key in SETTINGS:
+        theirs, ours = state["config"][key], getattr(losia.config, key)
+        if theirs != ours:
+            raise ValueError(
+                f"the state was saved with {key}={theirs!r}, this run has {key}={ours!r}"
+            )
+    for name, m in losia.modules.items():
+        if saved[name]["subnet"].shape != m.subnet.shape:
+            raise ValueError(
+                f"{name}: the state's subnet is {tuple(saved[name]['subnet'].shape)}, "
+                f"this model's {tuple(m.subnet.shape)}"
+            )
+    losia.step = state["step"]
+    losia.history = [Reselection(*r) for r in state["history"]]
+    losia.base_digest = state["base_digest"]
+    losia._calibrated = True
+    for name, m in losia.modules.items():
+        s, device = saved[name], m.weight.device
+        m.select(s["out_idx"].to(device), s["in_idx"].to(device))
+        m.subnet.copy_(s["subnet"])
+        losia._touched[name] = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
+        m.profile = None
+        if "importance" in s:
+            m.profile = Profile(m, losia.config)
+            m.profile.importance.copy_(s["importance"])
+            m.profile.uncertainty.copy_(s["uncertainty"])
+    losia.write_back()

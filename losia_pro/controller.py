@@ -1,0 +1,332 @@
+"""``attach`` and the ``Losia`` controller: when subnets are profiled, moved, rewarmed, written back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, delta
+from .config import LosiaConfig
+from .checkpoint import Reselection
+from .discover import check_weights, find_targets, subnet_sizes
+from .linear import SubnetLinear
+from .localize import localize
+from .profile import Profile
+from .schedule import Schedule
+
+
+def attach(model: nn.Module, config: LosiaConfig | None = None) -> Losia:
+    """Swap the targeted ``nn.Linear`` of ``model`` for ``SubnetLinear``, in place, and freeze the rest.
+
+    Args:
+        model: any module whose weights are loaded; its repeated blocks become the schedule's groups.
+        config: sizes and schedule; ``LosiaConfig()`` if None.
+
+    Returns:
+        The controller: an optimizer takes ``losia.parameters()``, then ``losia.bind(optimizer)``.
+
+    Raises:
+        ValueError: nothing to adapt, a pattern that matches nothing, a layer too small to slice, weights
+            on the meta device or shared between targets, an attached model. The model is then untouched.
+    """
+    return Losia(model, config or LosiaConfig())
+
+
+class Losia:
+    """Controls the subnets of an attached model.
+
+    Attributes:
+        modules: the adapted linears by name.
+        groups: their names, one list a group of the schedule.
+        schedule: who is profiled and moved when.
+        step: how many optimizer steps have been made.
+        history: every re-selection so far.
+    """
+
+    def __init__(self, model: nn.Module, config: LosiaConfig) -> None:
+        targets = find_targets(model, config)
+        linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
+        sizes = subnet_sizes(linears, targets.head, config)
+        check_weights(linears)
+
+        self.model, self.config = model, config
+        self.groups = targets.groups
+        self.schedule = Schedule(len(self.groups), config.period, config.schedule == "sync")
+        self.step = 0
+        self.history: list[Reselection] = []
+        self.base_digest = delta.digest({n: m.weight for n, m in linears.items()})  # type: ignore[misc]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._scaler: Any = None
+        self._handles: list[Any] = []
+        self._skip = False
+        self._before: list[tuple[list[nn.Parameter], list[Tensor], float]] = []
+        self._calibrated = config.init == "random"
+        self._original = linears
+        self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+
+        model.requires_grad_(False)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.modules: dict[str, SubnetLinear] = {}
+        for name, linear in linears.items():
+            n_out, n_in = sizes[name]
+            self.modules[name] = SubnetLinear.from_linear(
+                linear,  # type: ignore[arg-type]
+                n_out=n_out,
+                n_in=n_in,
+                train_bias=config.train_bias,
+                mode=config.mode,
+                impl=config.impl,
+                generator=generator,
+            )
+        _replace(model, {id(linears[n]): self.modules[n] for n in linears})
+        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
+        return [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+
+    def group_modules(self, group: int) -> dict[str, SubnetLinear]:
+        """The linears of one group by name."""
+        return {n: self.modules[n] for n in self.groups[group]}
+
+    # --- training -----------------------------------------------------------------------------------
+
+    def bind(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+        """Hook write-back, profiling, re-selection, state reset and rewarming into ``optimizer.step()``.
+
+        Args:
+            optimizer: any ``torch.optim`` optimizer but LBFGS that holds every subnet. Binding another
+                one replaces the last.
+            scaler: the ``torch.amp.GradScaler`` in use, if any: importance needs gradients unscaled.
+
+        Raises:
+            TypeError: not a ``torch.optim.Optimizer``.
+            ValueError: LBFGS; subnets missing from the optimizer; ``init="calibrate"`` not done yet.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "
+                "that move; use a first-order optimizer such as AdamW"
+            )
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        missing = [n for n, m in self.modules.items() if id(m.subnet) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimizer lacks {len(missing)} of {len(self.modules)} subnets, e.g. {missing[0]}; "
+                "create it with losia.parameters()"
+            )
+        if not self._calibrated:
+            raise ValueError(
+                'config.init is "calibrate": call losia.calibrate(batches) before bind()'
+            )
+        self._unbind()
+        self._optimizer, self._scaler = optimizer, scaler
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._set_profiled()
+
+    def _unbind(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizer = [], None
+
+    def _set_profiled(self) -> None:
+        """Give the groups profiled at the present step their buffers, and free all others'."""
+        profiled = self.schedule.profiled(self.step)
+        for group in range(len(self.groups)):
+            for module in self.group_modules(group).values():
+                if group not in profiled:
+                    module.profile = None
+                elif module.profile is None:
+                    module.profile = Profile(module, self.config)
+
+    def _profiles(self) -> Iterable[Profile]:
+        return (m.profile for m in self.modules.values() if isinstance(m.profile, Profile))
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
+        self._skip = found_inf is not None and bool(found_inf)
+        for profile in self._profiles():
+            if self._skip:
+                profile.discard()
+            else:
+                profile.update(1.0 if self._scaler is None else 1.0 / self._scaler.get_scale())
+        self._before = []
+        for group in range(len(self.groups)):
+            factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
+            if factor < 1:
+                subnets = [m.subnet for m in self.group_modules(group).values()]
+                self._before.append((subnets, [s.detach().clone() for s in subnets], factor))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
+        for subnets, old, factor in self._before:
+            torch._foreach_lerp_(subnets, old, 1 - factor)
+        self._before = []
+        self.write_back()
+        if self._skip:
+            return
+        moved = self.schedule.reselected(self.step)
+        self.step += 1
+        for group in moved:
+            self._reselect(group)
+        self._set_profiled()
+
+    def write_back(self) -> None:
+        """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it."""
+        modules = list(self.modules.values())
+        with torch.no_grad():
+            torch.ops.losia_pro.write_back_(
+                [m.weight for m in modules],
+                [m.subnet for m in modules],
+                [m.out_idx for m in modules],
+                [m.in_idx for m in modules],
+                impl=self.config.impl,
+            )
+        for m in modules:
+            m._written = m.subnet._version
+
+    def _reselect(self, group: int) -> None:
+        """Move a profiled group's subnets to where its score is, and start their optimizer state afresh."""
+        c = self.config
+        for name, module in self.group_modules(group).items():
+            assert isinstance(module.profile, Profile)
+            score = module.profile.score()
+            module.profile = None
+            total = float(score.sum(dtype=torch.float64))
+            if total == 0:  # no gradient came: nothing speaks for another place
+                self.history.append(Reselection(self.step, group, name, 0.0, 1.0))
+                continue
+            old_out, old_in = module.out_idx.clone(), module.in_idx.clone()
+            out_idx, in_idx = localize(score, *module.subnet.shape, c.strategy, c.neuron_group)
+            module.select(out_idx, in_idx)
+            kept = float(score[out_idx][:, in_idx].sum(dtype=torch.float64)) / total
+            same = int(torch.isin(out_idx, old_out).sum()) * int(torch.isin(in_idx, old_in).sum())
+            overlap = same / module.subnet.numel()
+            self.history.append(Reselection(self.step, group, name, kept, overlap))
+            self._touched[name].append(_pair(module))
+            if self._optimizer is not None:
+                self._optimizer.state.pop(module.subnet, None)
+
+    def calibrate(
+        self,
+        batches: Sequence[Any],
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        groups_at_once: int | None = None,
+    ) -> None:
+        """Choose the first subnets by importance over a few batches, one importance update a batch.
+
+        Args:
+            batches: mappings passed as ``model(**batch)``, or anything ``loss_fn`` takes.
+            loss_fn: ``(model, batch) -> scalar``; default ``model(**batch).loss``.
+            groups_at_once: how many groups to profile in one pass over the batches (two fp32 buffers the
+                size of their weights each); default all.
+
+        Raises:
+            ValueError: no batches.
+            RuntimeError: training has begun.
+        """
+        if not batches:
+            raise ValueError("calibrate needs at least one batch")
+        if self.step:
+            raise RuntimeError(
+                f"calibrate() comes before training; {self.step} steps were made already"
+            )
+        loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
+        at_once = groups_at_once or len(self.groups)
+        for first in range(0, len(self.groups), at_once):
+            chosen = range(first, min(first + at_once, len(self.groups)))
+            for module in self.modules.values():
+                module.profile = None
+            for group in chosen:
+                for module in self.group_modules(group).values():
+                    module.profile = Profile(module, self.config)
+            for batch in batches:
+                loss_of(self.model, batch).backward()
+                for profile in self._profiles():
+                    profile.update()
+                self.model.zero_grad(set_to_none=True)
+            for group in chosen:
+                self._reselect(group)
+        self._calibrated = True
+        if self._optimizer is not None:
+            self._set_profiled()
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run that the model's and the optimizer's state dicts do not hold.
+
+        Tensors and plain values only, so ``torch.load(..., weights_only=True)`` reads it. Take it between
+        optimizer steps: gradients that wait for a step are not part of it.
+        """
+        return checkpoint.state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run exactly. With the model's and the optimizer's own state, in any order.
+
+        Raises:
+            ValueError: another version, other modules, settings or sizes; nothing has changed then.
+        """
+        checkpoint.restore(self, state)
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Write what training changed, as absolute values, to a safetensors file with a JSON header.
+
+        ``losia_pro.load_delta(base_model, path)`` applies it. The file appears whole or not at all.
+        """
+        self.write_back()
+        delta.save(
+            path,
+            weights={n: m.weight for n, m in self.modules.items()},
+            touched=self._touched,
+            biases={n: m.bias for n, m in self.modules.items() if m.bias is not None}
+            if self.config.train_bias
+            else {},
+            header={
+                "base": self.base_digest,
+                "config": json.dumps(self.config.to_dict()),
+            },
+        )
+
+    def detach(self) -> nn.Module:
+        """Put the plain ``nn.Linear`` back with the tuned weights in place; returns the model.
+
+        Hooks are removed and every parameter's ``requires_grad`` is as it was before ``attach``.
+        """
+        self.write_back()
+        self._unbind()
+        for m in self.modules.values():
+            m.profile = None
+        for name, linear in self._original.items():
+            module = self.modules[name]
+            linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
+            linear.train(module.training)
+        _replace(self.model, {id(self.modules[n]): m for n, m in self._original.items()})
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+            parameter.grad = None
+        return self.model
+
+
+def _replace(model: nn.Module, new: dict[int, Any]) -> None:
+    """Put modules in the place of others, wherever they stand (a shared module stands in several)."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+
+
+def _pair(module: SubnetLinear) -> tuple[Tensor, Tensor]:
+    return module.out_idx.cpu().clone(), module.in_idx.cpu().clone()

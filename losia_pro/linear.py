@@ -1,0 +1,287 @@
+"""``SubnetLinear``: an ``nn.Linear`` of which a block of entries is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import subnet_size
+from .functional import GradientSink, subnet_linear
+from .ops import compact_dtype
+
+
+class SubnetLinear(nn.Linear):
+    """A linear layer ``y = x W^T + b`` that trains the block ``W[out_idx][:, in_idx]``.
+
+    ``weight`` ``(out, in)`` and ``bias`` are frozen and keep their state-dict keys: a checkpoint of this
+    module is one of ``nn.Linear``. The trainable part is the parameter ``subnet`` ``(n_out, n_in)``, in
+    fp32 (fp64 for fp64 weights), holding the current values of those entries; ``out_idx`` and ``in_idx``
+    are sorted int64 buffers. Forward reads ``weight``, backward yields a gradient for ``subnet``; after
+    an optimizer's step, ``write_back`` rounds ``subnet`` into ``weight`` (``Losia.bind`` does it).
+
+    The output is ``F.linear``'s bit for bit, and where no gradient of ``subnet`` is asked for (``no_grad``,
+    ``inference_mode``, a frozen ``subnet``) the call is ``F.linear``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``'s.
+        rank_factor: ``p``; the subnet has ``floor(in p)`` inputs and ``floor(out p)`` outputs, at random.
+
+    Raises:
+        ValueError: the layer is too small to slice.
+    """
+
+    out_idx: Tensor
+    in_idx: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank_factor: float = 1 / 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make_subnet(*_sizes(self, rank_factor, None, None), None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank_factor: float = 1 / 8,
+        n_out: int | None = None,
+        n_in: int | None = None,
+        train_bias: bool = False,
+        mode: str = "pro",
+        impl: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SubnetLinear:
+        """Convert a linear; the result shares its ``weight`` and ``bias`` parameters and freezes them.
+
+        Args:
+            linear: the layer, of any float dtype, on any device but meta.
+            rank_factor, n_out, n_in: the subnet's size; ``n_out`` and ``n_in`` override the factor.
+            train_bias: leave the bias trainable, in its own dtype.
+            mode: "pro" or "dense"; see ``subnet_linear``.
+            impl: which kernels; see ``subnet_linear``.
+            generator: a CPU generator for the random first subnet.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+        self._make_subnet(*_sizes(linear, rank_factor, n_out, n_in), generator)
+        self.mode, self.impl = mode, impl
+        if self.bias is not None:
+            self.bias.requires_grad_(train_bias)
+        return self
+
+    def _make_subnet(self, n_out: int, n_in: int, generator: torch.Generator | None) -> None:
+        self.mode = "pro"
+        self.impl: str | None = None
+        self.profile: GradientSink | None = None
+        self._selection = 0  # how often the indices were set
+        self._forward_selection = 0  # its value at the last forward outside a backward
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for name, n, size in (
+            ("out_idx", n_out, self.out_features),
+            ("in_idx", n_in, self.in_features),
+        ):
+            idx = torch.randperm(size, generator=generator, device="cpu")[:n].sort().values
+            self.register_buffer(name, idx.to(self.weight.device), persistent=False)
+        self.subnet = nn.Parameter(self._block())
+        self._written = self.subnet._version
+
+    def _block(self) -> Tensor:
+        """The subnet's entries as the dense weight holds them, in the compact dtype."""
+        with torch.no_grad():
+            rows = self.weight.index_select(0, self.out_idx)
+            return rows.index_select(1, self.in_idx).to(compact_dtype(self.weight.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._check()
+        if not (torch.is_grad_enabled() and self.subnet.requires_grad):
+            return F.linear(input, self.weight, self.bias)
+        return subnet_linear(
+            input,
+            self.weight,
+            self.subnet,
+            self.out_idx,
+            self.in_idx,
+            self.bias,
+            impl=self.impl,
+            mode=self.mode,
+            profile=self.profile,
+        )
+
+    def _check(self) -> None:
+        """What autograd's version counters cannot see: indices that change before a recomputation
+        (activation checkpointing), and optimizer steps that never reach the dense weight."""
+        if torch._C._current_graph_task_id() == -1:
+            self._forward_selection = self._selection
+        elif self._forward_selection != self._selection:
+            raise RuntimeError(
+                "the subnet's indices changed between forward and backward; "
+                "call select() between optimizer steps only"
+            )
+        if self.subnet._version > self._written:
+            _warn_stale()
+            self._written = self.subnet._version
+
+    @torch.no_grad()
+    def select(self, out_idx: Tensor, in_idx: Tensor) -> None:
+        """Move the subnet to other entries: their values come from the dense weight, except that entries
+        which stay keep their exact compact value. Not an optimizer's state: see ``Losia.bind``.
+
+        Args:
+            out_idx, in_idx: int64, distinct, on the weight's device, of the present sizes; any order.
+
+        Raises:
+            ValueError: wrong size, dtype, device, range, or duplicates; nothing has changed then.
+        """
+        out_idx = _checked("out_idx", out_idx, self.out_idx, self.out_features)
+        in_idx = _checked("in_idx", in_idx, self.in_idx, self.in_features)
+        self.write_back()
+        old_out, old_in, old = (
+            self.out_idx.clone(),
+            self.in_idx.clone(),
+            self.subnet.detach().clone(),
+        )
+        self.out_idx.copy_(out_idx)
+        self.in_idx.copy_(in_idx)
+        self._selection += 1
+        new = self._block()
+        rows, rows_stay = _positions(out_idx, old_out)
+        columns, columns_stay = _positions(in_idx, old_in)
+        stay = rows_stay[:, None] & columns_stay
+        self.subnet.copy_(torch.where(stay, old[rows[:, None], columns], new))
+        self._written = self.subnet._version
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """``W[out_idx][:, in_idx] = subnet``, rounded to the weight's dtype. Idempotent."""
+        torch.ops.losia_pro.write_back_(
+            [self.weight], [self.subnet], [self.out_idx], [self.in_idx], impl=self.impl
+        )
+        self._written = self.subnet._version
+
+    @torch.no_grad()
+    def adopt_weight(self) -> None:
+        """Take over a dense weight that was set from outside: compact values that round to what is there
+        are kept, the others are read from it."""
+        block = self._block()
+        same = self.subnet.to(self.weight.dtype) == block.to(self.weight.dtype)
+        self.subnet.copy_(torch.where(same, self.subnet, block))
+        self._written = self.subnet._version
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that shares ``weight`` (subnet written back) and ``bias``."""
+        self.write_back()
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        n_out, n_in = self.subnet.shape
+        return f"{super().extra_repr()}, subnet={n_out}x{n_in}, mode={self.mode}"
+
+    # The state dict is nn.Linear's: the subnet is in the dense weight, its exact form in Losia's.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "subnet", None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if prefix + "subnet" in missing:
+            missing.remove(prefix + "subnet")
+        self.adopt_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
+        """``.to(dtype)`` and the like convert the weight; the subnet keeps its exact compact values."""
+        exact = self.subnet.detach()
+        super()._apply(fn, recurse)
+        if self.subnet.is_meta or exact.is_meta:
+            return self
+        self.subnet.data = exact.to(self.weight.device, compact_dtype(self.weight.dtype))
+        self._written = self.subnet._version
+        if self.profile is not None:
+            self.profile.follow()
+        return self
+
+
+def _sizes(
+    linear: nn.Linear, rank_factor: float, n_out: int | None, n_in: int | None
+) -> tuple[int, int]:
+    if not 0 < rank_factor <= 1:
+        raise ValueError(f"rank_factor must be in (0, 1], got {rank_factor!r}")
+    if linear.weight.is_meta and type(linear) is not SubnetLinear:
+        raise ValueError("the linear is on the meta device; load its weights first")
+    out, into = linear.out_features, linear.in_features
+    n_out = subnet_size(out, rank_factor) if n_out is None else n_out
+    n_in = subnet_size(into, rank_factor) if n_in is None else n_in
+    if not (1 <= n_out <= out and 1 <= n_in <= into):
+        raise ValueError(
+            f"a linear of {into} inputs and {out} outputs cannot hold a subnet of {n_in} inputs and "
+            f"{n_out} outputs; choose larger factors or leave the layer out"
+        )
+    return n_out, n_in
+
+
+def _checked(name: str, idx: Tensor, current: Tensor, size: int) -> Tensor:
+    """Sorted indices, or a ValueError that says what is wrong with them."""
+    if idx.dtype != torch.int64 or idx.shape != current.shape:
+        raise ValueError(
+            f"{name} must be int64 of shape {tuple(current.shape)}, got {idx.dtype} {tuple(idx.shape)}"
+        )
+    if idx.device != current.device:
+        raise ValueError(f"{name} must be on {current.device}, got {idx.device}")
+    idx = idx.sort().values
+    if int(idx[0]) < 0 or int(idx[-1]) >= size:
+        raise ValueError(f"{name} must be within [0, {size}), got {int(idx[0])}..{int(idx[-1])}")
+    if bool((idx[1:] == idx[:-1]).any()):
+        raise ValueError(f"{name} holds duplicates; each neuron can be chosen once")
+    return idx
+
+
+def _positions(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of ``new``, where it stands in the sorted ``old`` (clamped), and whether it is there."""
+    at = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+    return at, old[at] == new
+
+
+_stale_warned = False
+
+
+def _warn_stale() -> None:
+    global _stale_warned
+    if not _stale_warned:
+        _stale_warned = True
+        warnings.warn(
+            "a subnet was changed but not written into its dense weight, so the forward does not see it: "
+            "bind the optimizer with losia.bind(optimizer), or call write_back() after each step",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,302 @@
+"""The kernels' schemas: ``torch.ops.losia_pro.*``, their fakes, and which implementation answers.
+
+Every op has the implementations "torch" (here), and, where they exist and can run, "triton"
+(``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
+first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL`` names
+one for the whole process, and where it cannot run a warning says once what runs instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
+IMPLS = ("torch", "triton", "cuda")
+
+# Which implementation answers on a CUDA device when none is named; elsewhere it is "torch".
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "gather_columns": ("torch",),
+    "subnet_grad": ("torch",),
+    "importance_update_": ("torch",),
+    "write_back_": ("torch",),
+}
+
+_lib = torch.library.Library("losia_pro", "DEF")
+_lib.define("gather_columns(Tensor x, Tensor in_idx, *, str? impl=None) -> Tensor")
+_lib.define(
+    "subnet_grad(Tensor dy, Tensor x_sub, Tensor out_idx, *, ScalarType? out_dtype=None, "
+    "str? impl=None) -> Tensor"
+)
+_lib.define(
+    "importance_update_(Tensor(a!) importance, Tensor(b!) uncertainty, Tensor weight, Tensor dy, "
+    "Tensor x, Tensor? grad, float beta1, float beta2, str variant, *, float scale=1.0, "
+    "str? impl=None) -> ()"
+)
+_lib.define(
+    "write_back_(Tensor(a!)[] weights, Tensor[] subnets, Tensor[] out_idx, Tensor[] in_idx, *, "
+    "str? impl=None) -> ()"
+)
+
+
+def compact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a subnet and of its gradient: fp64 for fp64 weights, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- the torch implementations --------------------------------------------------------------------
+
+
+def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
+    """``x[:, X_S]``: ``x`` ``(T, in)``, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)`` in ``x``'s dtype."""
+    return x.index_select(1, in_idx)
+
+
+def subnet_grad(dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``dy[:, Y_S]^T x_S`` with fp32 accumulation (paper: *LoSiA-Pro*).
+
+    ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result
+    ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, nothing of ``dy`` is gathered.
+    """
+    dy_sub = dy if out_idx.numel() == dy.shape[1] else dy.index_select(1, out_idx)
+    return _product(dy_sub, x_sub, out_dtype)
+
+
+def importance_update_(
+    importance: Tensor,
+    uncertainty: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    beta1: float,
+    beta2: float,
+    variant: str,
+    scale: float = 1.0,
+) -> None:
+    """One step of smoothed importance and uncertainty, in place, from ``g = scale (dy^T x + grad)``.
+
+        I = importance of (g, W);  I_i = b1 I_i + (1 - b1) I;  U_i = b2 U_i + (1 - b2) |I - I_i|
+
+    ``importance``, ``uncertainty``, ``grad`` and ``weight`` are ``(out, in)``; ``dy`` ``(T, out)`` and
+    ``x`` ``(T, in)`` belong to the step's last micro-batch and ``grad`` sums those before it.
+    """
+    g = _product(dy, x, importance.dtype)
+    if grad is not None:
+        g += grad
+    if scale != 1.0:
+        g *= scale
+    current = reference.importance(g, weight, variant).to(importance.dtype)
+    importance.mul_(beta1).add_(current, alpha=1 - beta1)
+    uncertainty.mul_(beta2).add_(current.sub_(importance).abs_(), alpha=1 - beta2)
+
+
+def write_back_(
+    weights: Sequence[Tensor],
+    subnets: Sequence[Tensor],
+    out_idx: Sequence[Tensor],
+    in_idx: Sequence[Tensor],
+) -> None:
+    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to the weight's dtype."""
+    for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
+        weight.index_put_((rows.unsqueeze(1), columns), subnet.to(weight.dtype))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a^T b`` accumulated and returned in ``dtype`` or better, never rounded to less on the way."""
+    if a.dtype == b.dtype == dtype:
+        return a.T @ b
+    if a.is_cuda and dtype == torch.float32 and a.dtype == b.dtype:
+        return torch.mm(a.T, b, out_dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (a.to(wide).T @ b.to(wide)).to(dtype)
+
+
+# --- which implementation -------------------------------------------------------------------------
+
+
+@functools.cache
+def _module(impl: str) -> tuple[object | None, str]:
+    """The module that holds an implementation, or None and why not."""
+    name = {"triton": "losia_pro.kernels.launch", "cuda": "losia_pro._cuda_ops"}[impl]
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _why_not(op: str, device: torch.device, impl: str) -> str:
+    """Why an implementation cannot answer here; empty if it can."""
+    if impl == "torch":
+        return ""
+    module, missing = _module(impl)
+    if module is None:
+        return missing
+    if not hasattr(module, op):
+        return f"there is no {impl} version of {op}"
+    return module.why_not(device)  # type: ignore[attr-defined,no-any-return]
+
+
+def explain(op: str, device: torch.device | str) -> list[tuple[str, bool, str]]:
+    """For each implementation: its name, whether it can run ``op`` on ``device``, and why not."""
+    device = torch.device(device)
+    return [(i, not (why := _why_not(op, device, i)), why) for i in IMPLS]
+
+
+def resolve(op: str, device: torch.device | str, impl: str | None = None) -> str:
+    """The implementation that answers ``op`` on ``device``; see the module's docstring.
+
+    Raises:
+        ValueError: ``impl`` is no implementation's name.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    device = torch.device(device)
+    asked = impl or os.environ.get("LOSIA_IMPL") or None
+    if asked is None:
+        if device.type != "cuda":
+            return "torch"
+        return next(i for i in PREFERENCE[op] if not _why_not(op, device, i))
+    if asked not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {asked!r}")
+    why = _why_not(op, device, asked)
+    if not why:
+        return asked
+    if impl is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device}: {why}")
+    _warn_fallback(op, asked, str(device), why)
+    return "torch"
+
+
+@functools.cache
+def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
+    warnings.warn(
+        f"losia_pro: LOSIA_IMPL={asked} cannot run {op} on {device} ({why}); using torch",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _function(op: str, device: torch.device, impl: str | None) -> Callable[..., Tensor]:
+    chosen = resolve(op, device, impl)
+    if chosen == "torch":
+        return globals()[op]  # type: ignore[no-any-return]
+    return getattr(_module(chosen)[0], op)  # type: ignore[no-any-return]
+
+
+# --- the ops: checks at the door, then the chosen implementation ------------------------------------
+
+
+def _check_index(what: str, idx: Tensor, like: Tensor, size: int) -> None:
+    if idx.dtype != torch.int64 or idx.dim() != 1:
+        raise ValueError(f"{what} must be 1-D int64, got {idx.dtype} {tuple(idx.shape)}")
+    if idx.device != like.device:
+        raise ValueError(f"{what} is on {idx.device}, the data on {like.device}")
+    if os.environ.get("LOSIA_DEBUG") == "1" and idx.numel():
+        low, high = torch.stack(idx.aminmax()).tolist()
+        if low < 0 or high >= size:
+            raise IndexError(f"{what} must be within [0, {size}), got {low}..{high}")
+
+
+def _check_matrix(what: str, t: Tensor) -> None:
+    if t.dim() != 2 or not t.is_floating_point():
+        raise ValueError(f"{what} must be a floating-point matrix, got {t.dtype} {tuple(t.shape)}")
+
+
+def _gather_columns(x: Tensor, in_idx: Tensor, *, impl: str | None = None) -> Tensor:
+    _check_matrix("x", x)
+    _check_index("in_idx", in_idx, x, x.shape[1])
+    return _function("gather_columns", x.device, impl)(x, in_idx)
+
+
+def _subnet_grad(
+    dy: Tensor,
+    x_sub: Tensor,
+    out_idx: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    _check_matrix("dy", dy)
+    _check_matrix("x_sub", x_sub)
+    _check_index("out_idx", out_idx, dy, dy.shape[1])
+    if dy.shape[0] != x_sub.shape[0] or dy.dtype != x_sub.dtype or dy.device != x_sub.device:
+        raise ValueError(
+            f"dy {dy.dtype} {tuple(dy.shape)} on {dy.device} and x_sub {x_sub.dtype} "
+            f"{tuple(x_sub.shape)} on {x_sub.device} must agree in tokens, dtype and device"
+        )
+    out_dtype = out_dtype or compact_dtype(dy.dtype)
+    return _function("subnet_grad", dy.device, impl)(dy, x_sub, out_idx, out_dtype)
+
+
+def _importance_update_(
+    importance: Tensor,
+    uncertainty: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    beta1: float,
+    beta2: float,
+    variant: str,
+    *,
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> None:
+    if not importance.shape == uncertainty.shape == weight.shape == (dy.shape[1], x.shape[1]):
+        raise ValueError(
+            f"importance {tuple(importance.shape)}, uncertainty {tuple(uncertainty.shape)} and weight "
+            f"{tuple(weight.shape)} must be (out, in) = ({dy.shape[1]}, {x.shape[1]})"
+        )
+    if variant not in reference.VARIANTS:
+        raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
+    update = _function("importance_update_", weight.device, impl)
+    update(importance, uncertainty, weight, dy, x, grad, beta1, beta2, variant, scale)
+
+
+def _write_back_(
+    weights: list[Tensor],
+    subnets: list[Tensor],
+    out_idx: list[Tensor],
+    in_idx: list[Tensor],
+    *,
+    impl: str | None = None,
+) -> None:
+    if weights:
+        _function("write_back_", weights[0].device, impl)(weights, subnets, out_idx, in_idx)
+
+
+for _op in OPS:
+    _lib.impl(_op, globals()["_" + _op], "CompositeExplicitAutograd")
+
+
+def _fake_gather_columns(x: Tensor, in_idx: Tensor, *, impl: str | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], in_idx.shape[0])
+
+
+def _fake_subnet_grad(
+    dy: Tensor,
+    x_sub: Tensor,
+    out_idx: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    dtype = out_dtype or compact_dtype(dy.dtype)
+    return dy.new_empty(out_idx.shape[0], x_sub.shape[1], dtype=dtype)
+
+
+def _fake_in_place(*args: object, **kwargs: object) -> None:
+    return None
+
+
+_FAKES = (_fake_gather_columns, _fake_subnet_grad, _fake_in_place, _fake_in_place)
+for _op, _fake in zip(OPS, _FAKES, strict=True):
+    torch.library.register_fake(f"losia_pro::{_op}", _fake, lib=_lib)

@@ -1,0 +1,80 @@
+"""What a profiled layer accumulates: smoothed importance and uncertainty of every weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .config import LosiaConfig
+
+if TYPE_CHECKING:
+    from .linear import SubnetLinear
+
+
+class Profile:
+    """Importance of one linear's weights, from its full gradients, over one slot.
+
+    The backward hands over ``dy`` ``(T, out)`` and ``x`` ``(T, in)``; the product ``dy^T x`` is formed when
+    the optimizer steps, together with the update of importance and uncertainty, so that importance is a
+    function of the whole step's gradient however the batch was split. Earlier micro-batches of the step
+    are summed into ``grad``, which exists only while there are any.
+    """
+
+    def __init__(self, module: SubnetLinear, config: LosiaConfig) -> None:
+        self.module, self.config = module, config
+        dtype = ops.compact_dtype(module.weight.dtype)
+        self.importance = torch.zeros_like(module.weight, dtype=dtype, requires_grad=False)
+        self.uncertainty = torch.zeros_like(self.importance)
+        self.grad: Tensor | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self._backward = -1
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Take one micro-batch's operands.
+
+        What a discarded step left behind (an overflow under ``GradScaler``, a ``zero_grad`` without a
+        step) is dropped: a new backward that finds no gradient on the subnet starts a new step.
+        """
+        backward = torch._C._current_graph_task_id()
+        if self.module.subnet.grad is None and backward != self._backward:
+            self.discard()
+        self._backward = backward
+        if self.pending is not None:
+            self._fold()
+        self.pending = dy.detach(), x.detach()
+
+    def _fold(self) -> None:
+        assert self.pending is not None
+        product = ops._product(*self.pending, self.importance.dtype)
+        self.grad = product if self.grad is None else self.grad.add_(product)
+        self.pending = None
+
+    def discard(self) -> None:
+        """Forget the gradients of the present step."""
+        self.grad = self.pending = None
+
+    @torch.no_grad()
+    def update(self, scale: float = 1.0) -> None:
+        """Close an optimizer step: fold its gradient, times ``scale``, into importance and uncertainty."""
+        c, weight = self.config, self.module.weight
+        dy, x = self.pending or (weight.new_empty(0, size) for size in weight.shape)
+        torch.ops.losia_pro.importance_update_(
+            self.importance, self.uncertainty, weight, dy, x, self.grad,
+            c.beta1, c.beta2, c.importance, scale=scale, impl=c.impl,
+        )  # fmt: skip
+        self.discard()
+
+    def score(self) -> Tensor:
+        """``s = I U`` (or what ``config.score`` says), ``(out, in)``."""
+        return reference.score(self.importance, self.uncertainty, self.config.score)
+
+    def follow(self) -> None:
+        """Move to the device and dtype that the layer's weight has now."""
+        weight = self.module.weight
+        dtype = ops.compact_dtype(weight.dtype)
+        self.importance = self.importance.to(weight.device, dtype)
+        self.uncertainty = self.uncertainty.to(weight.device, dtype)
+        self.discard()
