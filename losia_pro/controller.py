@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, delta
-from .config import LosiaConfig
 from .checkpoint import Reselection
+from .config import LosiaConfig
 from .discover import check_weights, find_targets, subnet_sizes
 from .linear import SubnetLinear
 from .localize import localize
@@ -64,7 +64,7 @@ class Losia:
         self._scaler: Any = None
         self._handles: list[Any] = []
         self._skip = False
-        self._before: list[tuple[list[nn.Parameter], list[Tensor], float]] = []
+        self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
         self._calibrated = config.init == "random"
         self._original = linears
         self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -111,7 +111,7 @@ class Losia:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004
                 "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "
                 "that move; use a first-order optimizer such as AdamW"
             )
@@ -165,8 +165,8 @@ class Losia:
         for group in range(len(self.groups)):
             factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
             if factor < 1:
-                subnets = [m.subnet for m in self.group_modules(group).values()]
-                self._before.append((subnets, [s.detach().clone() for s in subnets], factor))
+                subnets = [m.subnet.detach() for m in self.group_modules(group).values()]
+                self._before.append((subnets, [s.clone() for s in subnets], factor))
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -209,7 +209,8 @@ class Losia:
                 self.history.append(Reselection(self.step, group, name, 0.0, 1.0))
                 continue
             old_out, old_in = module.out_idx.clone(), module.in_idx.clone()
-            out_idx, in_idx = localize(score, *module.subnet.shape, c.strategy, c.neuron_group)
+            n_out, n_in = module.subnet.shape
+            out_idx, in_idx = localize(score, n_out, n_in, c.strategy, c.neuron_group)
             module.select(out_idx, in_idx)
             kept = float(score[out_idx][:, in_idx].sum(dtype=torch.float64)) / total
             same = int(torch.isin(out_idx, old_out).sum()) * int(torch.isin(in_idx, old_in).sum())

@@ -96,7 +96,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     modules = dict(model.named_modules())
     linears: dict[str, Any] = {}
     for name in forms:
-        if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
+        if name not in modules or not hasattr(modules[name], "weight"):
             raise ValueError(f"{path}: the delta is for a model with {name}, which this one lacks")
         linears[name] = modules[name]
     found = digest({n: m.weight for n, m in linears.items()})
@@ -129,7 +129,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor
     try:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
     if header.get("format") != FORMAT:

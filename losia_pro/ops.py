@@ -13,6 +13,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -297,6 +298,11 @@ def _fake_in_place(*args: object, **kwargs: object) -> None:
     return None
 
 
-_FAKES = (_fake_gather_columns, _fake_subnet_grad, _fake_in_place, _fake_in_place)
+_FAKES: tuple[Callable[..., Any], ...] = (
+    _fake_gather_columns,
+    _fake_subnet_grad,
+    _fake_in_place,
+    _fake_in_place,
+)
 for _op, _fake in zip(OPS, _FAKES, strict=True):
     torch.library.register_fake(f"losia_pro::{_op}", _fake, lib=_lib)
