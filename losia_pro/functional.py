@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 class GradientSink(Protocol):
@@ -73,23 +77,18 @@ def subnet_linear(
     if not (wants_subnet or wants_weight or profile is not None):
         return F.linear(x, weight, bias)
 
-    whole = wants_weight or profile is not None or mode == "dense"
     flat = x.detach().reshape(-1, x.shape[-1])
-    x_sub = None
+    x_sub = x_whole = None
     if wants_subnet and mode == "pro":
         x_sub = torch.ops.losia_pro.gather_columns(flat, in_idx, impl=impl)
-    return _SubnetLinear.apply(  # type: ignore[no-any-return]
-        x,
-        weight,
-        subnet,
-        bias,
-        out_idx,
-        in_idx,
-        x_sub,
-        flat if whole else None,
-        impl,
-        profile,
-    )
+    if wants_weight or profile is not None or mode == "dense":
+        x_whole = flat
+    early = None
+    if (hooks := _saved_tensors_hooks()) is not None:
+        kept = weight if x.requires_grad else None
+        early = _SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
+    inputs = (x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early)
+    return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -107,20 +106,25 @@ class _SubnetLinear(torch.autograd.Function):
         x_whole: Tensor | None,
         impl: str | None,
         profile: GradientSink | None,
+        early: _SavedEarly | None,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile = inputs
-        ctx.save_for_backward(weight if x.requires_grad else None, out_idx, in_idx, x_sub, x_whole)
+        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early = inputs
+        ctx.early = early
+        if early is None:
+            kept_weight = weight if x.requires_grad else None
+            ctx.save_for_backward(kept_weight, out_idx, in_idx, x_sub, x_whole)
         ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.impl, ctx.profile = impl, profile
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, out_idx, in_idx, x_sub, x_whole = ctx.saved_tensors
+        saved = ctx.saved_tensors if ctx.early is None else ctx.early.tensors()
+        weight, out_idx, in_idx, x_sub, x_whole = saved
         wants_x, wants_weight, wants_subnet, wants_bias = ctx.needs_input_grad[:4]
         dx = d_weight = d_subnet = d_bias = None
         flat = dy.reshape(-1, dy.shape[-1])
@@ -139,4 +143,42 @@ class _SubnetLinear(torch.autograd.Function):
             d_bias = flat.sum(0, dtype=ctx.bias_dtype)
         if ctx.profile is not None:
             ctx.profile.add(flat, x_whole)
-        return dx, d_weight, d_subnet, d_bias, None, None, None, None, None, None
+        return dx, d_weight, d_subnet, d_bias, *[None] * 7
+
+
+class _SavedEarly:
+    """What the backward needs, handed to the saved-tensor hooks in force *before* the dense product.
+
+    A Function saves after its forward, but checkpointing stops recomputing a block at its last saved
+    tensor: saved late, the block's last product would be recomputed for nothing, 5 % of a step.
+    Only the activations go through the hooks. The weight and the indices are the module's own; that they
+    are still the same is checked here, as autograd does for the tensors it saves.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        out_idx: Tensor,
+        in_idx: Tensor,
+        x_sub: Tensor | None,
+        x_whole: Tensor | None,
+        hooks: Hooks,
+    ) -> None:
+        pack, self.unpack = hooks
+        self.own = weight, out_idx, in_idx
+        self.versions = [None if t is None else t._version for t in self.own]
+        self.packed = [None if t is None else pack(t) for t in (x_sub, x_whole)]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        if self.versions != [None if t is None else t._version for t in self.own]:
+            raise RuntimeError(
+                "the weight or the indices of a SubnetLinear were modified between forward and backward"
+            )
+        return *self.own, *(None if p is None else self.unpack(p) for p in self.packed)
+
+
+def _saved_tensors_hooks() -> Hooks | None:
+    """The innermost ``saved_tensors_hooks`` in force, in eager mode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[return-value]
