@@ -1,0 +1,1 @@
+"""Glue to other libraries: the only place that knows their classes."""
