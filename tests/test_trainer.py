@@ -100,7 +100,7 @@ def test_trainer_moves_only_entries_that_were_in_a_subnet(whole_run):
 
 
 def test_trainer_equals_an_ordinary_loop(tmp_path):
-    losia, trainer = train(tmp_path / "trainer", gradient_accumulation_steps=1, max_grad_norm=0.5)
+    losia, _ = train(tmp_path / "trainer", gradient_accumulation_steps=1, max_grad_norm=0.5)
     # The same data order, optimizer, clipping and scheduler by hand.
     model = tiny_llama()
     by_hand = losia_pro.attach(model, CONFIG)
@@ -111,16 +111,12 @@ def test_trainer_equals_an_ordinary_loop(tmp_path):
     by_hand.bind(optimizer)
     torch.manual_seed(3)
     model.train()
-    step = 0
-    for batch in other.get_train_dataloader():
-        if step == STEPS:
-            break
+    for batch, _ in zip(other.get_train_dataloader(), range(STEPS), strict=False):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        step += 1
     assert by_hand.history == losia.history
     for name, weight in entries(by_hand).items():
         torch.testing.assert_close(weight, losia.modules[name].weight, rtol=0, atol=1e-6)

@@ -1,0 +1,45 @@
+"""The command line: ``losia-pro``, also as ``python -m losia_pro``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import CliError
+
+COMMANDS = {  # module of this package: what it does. Imported only when it is called.
+    "finetune": "fine-tune a causal language model",
+    "doctor": "show versions, devices, and which implementation each operation uses",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="losia-pro", description="Fine-tune subnets of a model's linear layers."
+    )
+    from losia_pro import __version__
+
+    parser.add_argument("--version", action="version", version=f"losia-pro {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, description=summary)
+        if name in argv:
+            module = importlib.import_module(f"{__name__}.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except CliError as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,278 @@
+"""Reading training data, checked at the door: before any model is loaded.
+
+Kinds of data, decided by the first record:
+
+- ``pairs``: ``{"prompt": str, "response": str}``; the response is trained;
+- ``chat``: ``{"messages": [{"role": str, "content": str}, ...]}``; the assistant's turns are trained;
+- ``text``: ``{"text": str}``; all of it is trained;
+- ``document``: a plain text file, cut into blocks; all of it is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import CliError
+
+KINDS = {"pairs": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000  # where the data names no held-out part
+HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval")
+SEED = 0  # of the held-out choice; not the run's, so that runs of different seeds are comparable
+
+
+class Record(NamedTuple):
+    """One example as it was read; ``where`` names its file and line for later errors."""
+
+    where: str
+    content: Any  # pairs: (prompt, response); chat: messages; text, document: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """``held_out`` is None for a document that is to be split by blocks, ``share`` of them held out."""
+
+    kind: str
+    train: list[Record]
+    held_out: list[Record] | None
+    share: float
+    source: str
+
+
+def load(
+    source: str,
+    eval_source: str | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+) -> Data:
+    """Read training and held-out data.
+
+    Args:
+        source: a JSONL file, a text file, a folder that holds ``train.jsonl`` (and ``test.jsonl``), a folder
+            that ``datasets`` saved, or the name of a dataset.
+        eval_source: the same for the held-out part.
+        split: which split of a folder or dataset is trained on.
+        eval_split: which split is held out, or a share such as ``0.1`` of the training data.
+
+    Raises:
+        CliError: with file and line, for anything that cannot be read as one kind of data.
+    """
+    kind, train = _read(source, split, None)
+    share = _share(eval_split)
+    held_out = None
+    if eval_source is not None:
+        theirs = eval_split if share is None else None
+        theirs = theirs or _held_out_split(eval_source) or split
+        held_out = _read(eval_source, theirs, kind)[1]
+    elif share is None:
+        name = eval_split or _held_out_split(source)
+        if eval_split and (Path(source).is_file() or eval_split == split):
+            raise CliError(
+                f"--eval-split {eval_split}: {source} has no such split besides the one trained on; "
+                "give a share such as 0.1, or --eval-data"
+            )
+        if name and name != split:
+            held_out = _read(source, name, kind)[1]
+    if held_out is None and kind != "document":
+        train, held_out = _hold_out(train, share or HELD_OUT_SHARE, source)
+    return Data(kind, train, held_out, share or HELD_OUT_SHARE, source)
+
+
+def _share(eval_split: str | None) -> float | None:
+    try:
+        share = float(eval_split or "")
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise CliError(f"--eval-split {eval_split}: a share must be between 0 and 1, e.g. 0.1")
+    return share
+
+
+def _hold_out(
+    records: list[Record], share: float, source: str
+) -> tuple[list[Record], list[Record]]:
+    if len(records) < 2:
+        raise CliError(f"{source}: one example only; two are needed, to hold one out for the test")
+    n = min(max(1, round(len(records) * share)), HELD_OUT_MOST, len(records) - 1)
+    chosen = set(random.Random(SEED).sample(range(len(records)), n))
+    train = [r for i, r in enumerate(records) if i not in chosen]
+    return train, [records[i] for i in sorted(chosen)]
+
+
+# --- sources -------------------------------------------------------------------------------------------
+
+
+def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        file = _split_file(path, split)
+        rows = _json_lines(file) if file else _dataset(source, split)
+    elif path.exists():
+        if path.suffix.lower() not in JSON_LINES:
+            if kind not in (None, "document"):
+                raise CliError(f"{path}: a text file, but the training data is {kind}")
+            return "document", [Record(str(path), _text(path))]
+        rows = _json_lines(path)
+    elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
+        raise CliError(f"{source}: no such file or folder")
+    else:
+        rows = _dataset(source, split)
+    first = ""
+    records = []
+    for where, row in rows:
+        found = _kind(row, where)
+        if kind is None:
+            kind, first = found, where
+        if found != kind:
+            raise CliError(
+                f"{where}: {_say(found)}, but {first or 'the training data'} has {_say(kind)}; "
+                "all examples must be of one kind"
+            )
+        records.append(Record(where, _content(row, kind, where)))
+    if not records:
+        raise CliError(f"{source}: no examples in it")
+    assert kind is not None
+    return kind, records
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    files = (folder / f"{split}{suffix}" for suffix in JSON_LINES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _held_out_split(source: str) -> str | None:
+    path = Path(source).expanduser()
+    if path.is_dir() and _split_file(path, "train"):
+        return next((name for name in HELD_OUT_NAMES if _split_file(path, name)), None)
+    if path.is_file():
+        return None
+    names = _dataset_splits(source)
+    return next((name for name in HELD_OUT_NAMES if name in names), None)
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CliError(f"{path}: cannot be read ({error.strerror})") from error
+    if not text.strip():
+        raise CliError(f"{path}: the file is empty")
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = text[: error.start].count(b"\n") + 1
+        raise CliError(f"{path}:{line}: not UTF-8 text") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CliError(
+                f"{where}: not a JSON object ({error.msg} at column {error.colno}); "
+                "the file must hold one JSON object a line"
+            ) from error
+
+
+def _datasets() -> Any:
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise CliError(
+            "reading a dataset by name needs the package datasets: pip install datasets"
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _is_saved(source: str) -> bool:
+    return any(os.path.isfile(os.path.join(source, f)) for f in ("state.json", "dataset_dict.json"))
+
+
+def _dataset(source: str, split: str) -> Iterable[tuple[str, Any]]:
+    datasets = _datasets()
+    name = os.path.expanduser(source)
+    try:
+        if _is_saved(name):
+            loaded = datasets.load_from_disk(name)
+            if hasattr(loaded, "keys"):
+                if split not in loaded:
+                    raise CliError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
+                loaded = loaded[split]
+        else:
+            loaded = datasets.load_dataset(name, split=split)
+    except CliError:
+        raise
+    except Exception as error:  # whatever a builder, a server or the file system may raise
+        why = str(error).strip().split("\n")[0]
+        raise CliError(
+            f"{source}: no file or folder, and not a readable dataset ({why})"
+        ) from error
+    return ((f"{source}[{split}] row {i}", row) for i, row in enumerate(loaded))
+
+
+def _dataset_splits(source: str) -> list[str]:
+    datasets = _datasets()
+    name = os.path.expanduser(source)
+    try:
+        if _is_saved(name):
+            loaded = datasets.load_from_disk(name)
+            return list(loaded) if hasattr(loaded, "keys") else []
+        return list(datasets.get_dataset_split_names(name))
+    except Exception:  # noqa: BLE001 - unreadable: reading it is about to say why
+        return []
+
+
+# --- records -------------------------------------------------------------------------------------------
+
+
+def _say(kind: str) -> str:
+    return "/".join(KINDS.get(kind, (kind,)))
+
+
+def _kind(row: Any, where: str) -> str:
+    if not isinstance(row, dict):
+        raise CliError(f"{where}: {type(row).__name__} where a JSON object is expected")
+    for kind, fields in KINDS.items():
+        if all(field in row for field in fields):
+            return kind
+    raise CliError(
+        f"{where}: the fields are {', '.join(map(str, row)) or 'none'}; expected prompt and response, "
+        "messages, or text"
+    )
+
+
+def _content(row: dict[str, Any], kind: str, where: str) -> Any:
+    if kind == "chat":
+        return _messages(row["messages"], where)
+    values = [row[field] for field in KINDS[kind]]
+    for field, value in zip(KINDS[kind], values, strict=True):
+        if not isinstance(value, str):
+            raise CliError(f"{where}: {field} is {type(value).__name__}, expected a string")
+        if not value and field != "prompt":
+            raise CliError(f"{where}: {field} is empty")
+    return values[0] if kind == "text" else tuple(values)
+
+
+def _messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise CliError(f"{where}: messages must be a list with at least one message")
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and all(
+            isinstance(message.get(field), str) for field in ("role", "content")
+        )
+        if not ok:
+            raise CliError(f"{where}: message {i + 1} needs role and content, both strings")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise CliError(f"{where}: no message has the role assistant, so there is nothing to train")
+    return messages

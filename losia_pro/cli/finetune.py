@@ -1,0 +1,221 @@
+"""``losia-pro finetune``: tune a causal language model, beside other methods if asked to."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import options as flags
+from .errors import CliError
+from .rundir import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .job import Job
+    from .methods import Tuned
+
+add_arguments = flags.add_arguments
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole command; returns the exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        CliError: for whatever the user can do something about.
+    """
+    from rich.console import Console
+
+    from . import data
+
+    console = Console()
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
+    resume = given.pop("resume", None)
+    if resume:
+        folder = _reopen(given, resume)
+        options = argparse.Namespace(**folder.record["arguments"])
+    else:
+        options = flags.resolve(given)
+        name = f"{Path(options.data).stem}-{options.method}"
+        folder = RunFolder.choose(options.output, name, options.overwrite)
+    loaded = data.load(options.data, options.eval_data, options.split, options.eval_split)
+
+    _be_quiet()
+    from .job import make_job
+    from .memory import REMEDIES, is_out_of_memory
+
+    try:
+        job = make_job(options, loaded, console)
+        _begin(folder, job)
+        for method in (options.method, *options.compare):
+            if method not in folder.record["results"] and not _tune(method, job, folder):
+                return _stopped(console, folder)
+        _finish(folder, job)
+    except KeyboardInterrupt:
+        return _stopped(console, folder)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CliError(f"out of memory: {REMEDIES}") from error
+    return 0
+
+
+def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
+    """The run to continue, if the flags that were given are its own."""
+    output = given.pop("output", None)
+    if resume is True:
+        if output is None:
+            raise CliError("--resume: which run? give --resume DIR")
+        resume = output
+    folder = RunFolder.open(Path(str(resume)).expanduser())
+    changed = flags.differing(given, folder.record["arguments"])
+    if changed:
+        raise CliError(f"--resume continues a run with its own arguments; {'; '.join(changed)}")
+    return folder
+
+
+def _be_quiet() -> None:
+    """No bars of other libraries beside ours. Their warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _begin(folder: RunFolder, job: Job) -> None:
+    """Say what is about to run, and measure the base model, once."""
+    o, d = job.options, job.data
+    job.console.print(
+        f"[bold]{o.model}[/] on {o.data}: {len(d.train):,} examples to train, {len(d.held_out):,} held "
+        f"out; {job.steps:,} steps of {o.batch_size * o.accumulation}; {job.device.type}, {job.precision}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if d.cut or d.dropped:
+        job.console.print(
+            f"{d.cut:,} examples were cut to {o.max_length:,} tokens, {d.dropped:,} left out because "
+            "that leaves nothing to train",
+            highlight=False,
+            soft_wrap=True,
+        )
+    digest = d.digest()
+    if folder.record:
+        if folder.record["data_digest"] != digest:
+            raise CliError(f"{o.data}: the data has changed since the run in {folder.path} began")
+        return
+    from .report import environment
+
+    folder.make()
+    model = job.load_model(o.method if job.training_dtype(o.method) == job.dtype else "lora")
+    base = job.evaluate(model)
+    folder.record.update(
+        status="running",
+        arguments=vars(o),
+        **environment(job.device),
+        precision=job.precision,
+        steps=job.steps,
+        examples={
+            "train": len(d.train), "held_out": len(d.held_out), "cut": d.cut, "dropped": d.dropped
+        },
+        data_digest=digest,
+        base=base._asdict(),
+        results={},
+    )  # fmt: skip
+    folder.save()
+
+
+def _tune(method: str, job: Job, folder: RunFolder) -> bool:
+    """Train by one method, keep the main method's model, record the figures. False if stopped."""
+    import torch
+
+    from .interrupt import interruptible
+    from .methods import prepare
+    from .train import train
+
+    o = job.options
+    checkpoint = folder.last_checkpoint(method)
+    torch.manual_seed(o.seed)
+    calibrate = o.init == "calibrate" and checkpoint is None
+    batches = job.batches[: o.calibration_batches] if calibrate else []
+    calibration = [job.collate([job.data.train[i] for i in batch]) for batch in batches]
+    tuned = prepare(method, job.load_model(method), o, calibration)
+    with interruptible(job.console) as interrupt:
+        outcome = train(method, tuned, job, folder.checkpoints(method), checkpoint, interrupt)
+    if outcome.stopped:
+        return False
+    main = method == o.method
+    if main and tuned.own:
+        with folder.writing(tuned.own) as path:
+            tuned.save(path)
+    if tuned.losia is not None and "reselections" not in folder.record:
+        folder.record["subnet_method"] = method
+        folder.record["groups"] = [_common(group) for group in tuned.losia.groups]
+        folder.record["reselections"] = [r._asdict() for r in tuned.losia.history]
+    model = _plain(tuned, job)
+    score = job.evaluate(model)
+    if main:
+        with folder.writing("merged") as path:
+            model.save_pretrained(path)
+            job.tokenizer.save_pretrained(path)
+    folder.record["results"][method] = {
+        **score._asdict(),
+        "trainable": tuned.trainable,
+        "lr": o.lr[method],
+        "seconds": outcome.seconds,
+        "peak_bytes": outcome.peak,
+        "train": outcome.train,
+        "held_out": [*outcome.held_out, {"step": job.steps, "loss": score.loss}],
+    }
+    folder.save()
+    folder.drop_checkpoints(method)
+    return True
+
+
+def _plain(tuned: Tuned, job: Job) -> Any:
+    """The tuned model as ``AutoModelForCausalLM`` will load it: plain, in the run's dtype."""
+    model = tuned.finish()
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.to(job.dtype)
+    return model
+
+
+def _common(names: list[str]) -> str:
+    """What the names of one group share, e.g. ``model.layers.3``."""
+    parts = [name.split(".") for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared) or names[0]
+
+
+def _finish(folder: RunFolder, job: Job) -> None:
+    """The table, the pictures, and the list of files."""
+    from . import plots, report
+
+    record = folder.record
+    with folder.writing("loss.png") as path:
+        plots.loss(record, path)
+    if "reselections" in record:
+        with folder.writing("subnets.png") as path:
+            plots.subnets(record, path)
+    record["status"] = "complete"
+    folder.save()
+    job.console.print(report.table(record))
+    for line in report.notes(record):
+        job.console.print(line, highlight=False, soft_wrap=True)
+    files = sorted(p.name + "/" * p.is_dir() for p in folder.path.iterdir())
+    job.console.print(f"In {folder.path}: {', '.join(files)}", highlight=False, soft_wrap=True)
+
+
+def _stopped(console: Console, folder: RunFolder) -> int:
+    """After Ctrl-C."""
+    if folder.record:
+        command = shlex.join(["losia-pro", "finetune", "--resume", str(folder.path)])
+        console.print(f"Stopped. Continue with:\n  {command}", highlight=False, soft_wrap=True)
+    else:
+        console.print("Stopped; nothing was written.")
+    return 130

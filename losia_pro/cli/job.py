@@ -1,0 +1,162 @@
+"""Everything that the methods of one run share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from losia_pro.discover import find_targets, subnet_sizes
+
+from .batches import Collate, plan
+from .data import Data
+from .encode import Encoded, encode
+from .errors import CliError
+from .evaluate import Score, evaluate
+from .memory import check_fits
+from .methods import losia_config
+
+MAX_LENGTH = 1024  # unless the flag says otherwise
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Job:
+    """``kind``: of the data; ``batches``: indices into ``data.train`` of every batch of the run; ``steps``:
+    optimizer steps."""
+
+    options: argparse.Namespace
+    console: Console
+    device: torch.device
+    precision: str
+    tokenizer: Any
+    kind: str
+    data: Encoded
+    batches: list[list[int]]
+    steps: int
+    collate: Collate
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the finished model's weights."""
+        return DTYPES[self.precision]
+
+    def training_dtype(self, method: str) -> torch.dtype:
+        """Of the weights while they are trained: full fine-tuning keeps them in fp32."""
+        return torch.float32 if method == "full" else self.dtype
+
+    def evaluate(self, model: Any) -> Score:
+        """The held-out score of a model; exact match only where there is a response to match."""
+        score = evaluate(model, self.data.held_out, self.collate, self.options.batch_size)
+        return score if self.kind == "pairs" else score._replace(exact=None)
+
+    def load_model(self, method: str) -> Any:
+        """The base model, in the dtype that ``method`` trains in, on the device."""
+        from transformers import AutoModelForCausalLM
+
+        dtype = self.training_dtype(method)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise CliError(f"--model {self.options.model}: {_first_line(error)}") from error
+        return model.to(self.device)
+
+
+def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
+    """Tokenize the data and plan the batches; the model is not loaded yet.
+
+    Raises:
+        CliError: a model or tokenizer that cannot be read, a device or precision that is not there, a
+            model that does not fit into memory.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    device, precision = choose_device(options.device), options.precision
+    precision = choose_precision(precision, device)
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        empty = empty_model(config)
+    except (OSError, ValueError) as error:
+        raise CliError(f"--model {options.model}: {_first_line(error)}") from error
+    check_targets(empty, options)
+    longest = getattr(config, "max_position_embeddings", None)
+    if options.max_length is None:
+        options.max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
+    if longest and options.max_length > longest:
+        raise CliError(
+            f"--max-length {options.max_length}: the model reads {longest} tokens at most"
+        )
+    encoded = encode(data, tokenizer, options.max_length)
+    if len(encoded.held_out) > options.eval_limit:
+        stride = len(encoded.held_out) / options.eval_limit
+        kept = [encoded.held_out[int(i * stride)] for i in range(options.eval_limit)]
+        encoded = Encoded(encoded.train, kept, encoded.cut, encoded.dropped)
+    collate = Collate(_pad_id(tokenizer))
+    job = Job(options, console, device, precision, tokenizer, data.kind, encoded, [], 0, collate)
+    parameters = sum(p.numel() for p in empty.parameters())
+    for method in (options.method, *options.compare):
+        check_fits(parameters, job.training_dtype(method), method, device)
+    an_epoch = math.ceil(len(encoded.train) / options.batch_size)
+    n_batches = (
+        options.steps * options.accumulation
+        if options.steps
+        else math.ceil(an_epoch * options.epochs)
+    )
+    job.batches = plan(
+        [len(s.ids) for s in encoded.train], options.batch_size, n_batches, options.seed
+    )
+    job.steps = math.ceil(n_batches / options.accumulation)
+    return job
+
+
+def empty_model(config: Any) -> Any:
+    """The model that a Hugging Face config describes, on the meta device: nothing is allocated."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_targets(model: Any, options: argparse.Namespace) -> None:
+    """Raise a CliError if the subnets that are asked for cannot be in that model."""
+    try:
+        for method in {options.method, *options.compare} - {"full"}:
+            config = losia_config("losia" if method == "losia" else "losia-pro", options)
+            targets = find_targets(model, config)
+            if method != "lora":
+                linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
+                subnet_sizes(linears, targets.head, config)
+    except ValueError as error:
+        raise CliError(str(error)) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: the first CUDA GPU if there is one, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CliError("--device cuda: no CUDA GPU is visible to PyTorch; use --device cpu")
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """``auto``: bf16 on a GPU that computes in it natively, else fp32."""
+    if name == "fp16" and device.type == "cpu":
+        raise CliError("--precision fp16 needs a GPU; use fp32 (or bf16) on a CPU")
+    if name != "auto":
+        return name
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if native else "fp32"
+
+
+def _pad_id(tokenizer: Any) -> int:
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

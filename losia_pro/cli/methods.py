@@ -1,0 +1,122 @@
+"""The four ways to tune a model, each as: what is trained, and how it becomes a plain model again."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import losia_pro
+from losia_pro.discover import find_targets
+
+from .errors import CliError
+
+
+@dataclass
+class Tuned:
+    """A model made ready for training by one method.
+
+    ``finish()`` gives the plain model with the tuned weights. What the method has of its own (a delta, an
+    adapter) is called ``own``; ``save(path)`` writes it, before ``finish()``.
+    """
+
+    model: nn.Module
+    trainable: int
+    finish: Callable[[], Any]
+    own: str | None = None
+    save: Callable[[Path], None] = lambda path: None
+    callbacks: list[Any] = field(default_factory=list)
+    losia: losia_pro.Losia | None = None
+
+
+def prepare(
+    method: str, model: Any, options: argparse.Namespace, calibration: Sequence[dict[str, Any]]
+) -> Tuned:
+    """Make ``model`` trainable by ``method``.
+
+    Raises:
+        CliError: a setting that the model does not allow, in the library's own words.
+
+    ``calibration``: batches for ``init="calibrate"``; empty where a checkpoint is about to be loaded.
+    """
+    try:
+        if method in ("losia-pro", "losia"):
+            return _losia(method, model, options, calibration)
+        if method == "lora":
+            return _lora(model, options)
+    except ValueError as error:
+        raise CliError(f"{method}: {error}") from error
+    model.requires_grad_(True)
+    return Tuned(model, _trainable(model), lambda: model)
+
+
+def losia_config(method: str, options: argparse.Namespace) -> losia_pro.LosiaConfig:
+    """The subnets' sizes and schedule that the flags ask for."""
+    return losia_pro.LosiaConfig(
+        rank_factor=options.rank_factor,
+        in_factor=options.in_factor,
+        out_factor=options.out_factor,
+        output_factor=options.output_factor,
+        period=options.period,
+        target_modules=options.target_modules,
+        init=options.init,
+        mode="dense" if method == "losia" else "pro",
+        impl=options.impl,
+        seed=options.seed,
+    )
+
+
+def _losia(
+    method: str, model: Any, options: argparse.Namespace, calibration: Sequence[dict[str, Any]]
+) -> Tuned:
+    from losia_pro.integrations.transformers import LosiaCallback
+
+    losia = losia_pro.attach(model, losia_config(method, options))
+    if calibration:
+        device = next(model.parameters()).device
+        losia.calibrate([{k: v.to(device) for k, v in batch.items()} for batch in calibration])
+    return Tuned(
+        model,
+        _trainable(model),
+        losia.detach,
+        "delta.safetensors",
+        losia.save_delta,
+        [LosiaCallback(losia)],
+        losia,
+    )
+
+
+def _lora(model: Any, options: argparse.Namespace) -> Tuned:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise CliError("method lora needs the package peft: pip install peft") from error
+    # The same linears as LoSiA's: all in the repeated blocks, or those that the flag names.
+    chosen = find_targets(model, losia_pro.LosiaConfig(target_modules=options.target_modules))
+    rank = options.lora_rank or max(1, model.get_input_embeddings().embedding_dim // 64)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=options.lora_alpha or 2 * rank,
+        lora_dropout=0.0,
+        target_modules=[name for group in chosen.groups for name in group],
+    )
+    with warnings.catch_warnings():  # PEFT asks transformers for a name that has since changed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = get_peft_model(model, config)
+    return Tuned(
+        adapted,
+        _trainable(adapted),
+        adapted.merge_and_unload,
+        "adapter",
+        lambda path: adapted.save_pretrained(str(path)),
+    )
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

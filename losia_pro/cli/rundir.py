@@ -1,0 +1,129 @@
+"""The output folder: one run each, and every file in it whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import CliError
+
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """A run's folder and its record ``run.json``, which is rewritten whole as the run goes on."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
+
+    @classmethod
+    def choose(cls, output: str | None, name: str, overwrite: bool) -> RunFolder:
+        """Choose the folder; without ``output``, ``runs/NAME`` or the next free ``runs/NAME-2``. Nothing is
+        made yet.
+
+        Raises:
+            CliError: the folder holds another run, or something else.
+        """
+        if output is not None:
+            path = Path(output).expanduser()
+            _check_room(path, overwrite)
+            return cls(path, {})
+        path, n = Path("runs") / name, 1
+        while path.exists():
+            n += 1
+            path = Path("runs") / f"{name}-{n}"
+        return cls(path, {})
+
+    def make(self) -> None:
+        """Make it, empty: a run that was there is removed (``choose`` has asked for ``overwrite``)."""
+        try:
+            if (self.path / RECORD).exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CliError(f"--output {self.path}: cannot be written ({error.strerror})") from error
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An interrupted run.
+
+        Raises:
+            CliError: there is none in that folder, or it is complete.
+        """
+        try:
+            record = json.loads((path / RECORD).read_text())
+            status = record["status"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CliError(f"--resume {path}: there is no run in that folder") from error
+        if status == "complete":
+            raise CliError(f"--resume {path}: that run is complete; see {path / RECORD}")
+        return cls(path, record)
+
+    def save(self) -> None:
+        """Write the record."""
+        with self.writing(RECORD) as temporary:
+            temporary.write_text(json.dumps(self.record, indent=2) + "\n")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Gives a temporary path; what was written there becomes ``name`` when the block ends well."""
+        final = self.path / name
+        room = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.path))
+        try:
+            temporary = room / name
+            yield temporary
+            if final.is_dir():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+    def checkpoints(self, method: str) -> Path:
+        """Where a method's checkpoints go."""
+        return self.path / CHECKPOINTS / method
+
+    def last_checkpoint(self, method: str) -> Path | None:
+        """The latest one that was written to its end."""
+        found = {}
+        for folder in self.checkpoints(method).glob("checkpoint-*"):
+            number = folder.name.rpartition("-")[2]
+            if number.isdigit() and _is_json(folder / "trainer_state.json"):
+                found[int(number)] = folder
+        return found[max(found)] if found else None
+
+    def drop_checkpoints(self, method: str) -> None:
+        """A method that is finished needs none."""
+        shutil.rmtree(self.checkpoints(method), ignore_errors=True)
+        try:
+            (self.path / CHECKPOINTS).rmdir()
+        except OSError:
+            pass  # another method's, or none at all
+
+
+def _is_json(path: Path) -> bool:
+    """``trainer_state.json`` is the last file of a checkpoint: whole if the checkpoint is."""
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def _check_room(path: Path, overwrite: bool) -> None:
+    if path.is_file():
+        raise CliError(f"--output {path}: a file of that name is there")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / RECORD).is_file():
+        raise CliError(f"--output {path}: the folder holds other files; give an empty or a new one")
+    if not overwrite:
+        raise CliError(
+            f"--output {path}: the folder holds another run; continue it with --resume {path}, replace "
+            "it with --overwrite, or give another folder"
+        )

@@ -1,0 +1,174 @@
+"""One method's training, on Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from losia_pro.discover import repeated_blocks
+
+from .interrupt import Interrupt
+from .job import Job
+from .memory import Peak
+from .methods import Tuned
+from .options import SCHEDULERS
+from .progress import TrainingProgress, training_progress
+
+
+@dataclass
+class Outcome:
+    """``train``: step, loss and lr of each log; ``held_out``: step and loss; ``seconds``: training alone,
+    over all parts of a resumed run; ``peak``: bytes; ``stopped``: by Ctrl-C, with a checkpoint."""
+
+    train: list[dict[str, float]]
+    held_out: list[dict[str, float]]
+    seconds: float
+    peak: int
+    stopped: bool
+
+
+class PlannedTrainer(Trainer):
+    """Trains on the job's batches as planned, and evaluates by our definition."""
+
+    def __init__(self, job: Job, progress: TrainingProgress, peak: Peak, **kwargs: Any) -> None:
+        super().__init__(train_dataset=job.data.train, eval_dataset=job.data.held_out, **kwargs)
+        self.job, self.progress, self.peak = job, progress, peak
+        self.seconds = 0.0  # before this part of the run
+        self.begun = time.perf_counter()
+        self.tokens = 0
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.job.batches,
+            collate_fn=self.job.collate,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.state.global_step == self.state.max_steps:
+            return {}  # the finished model is about to be evaluated
+        begun = time.perf_counter()
+        loss = self.job.evaluate(self.model).loss
+        self.begun += time.perf_counter() - begun
+        self.state.log_history.append({"eval_loss": loss, "step": self.state.global_step})
+        self.progress.evaluated(self.state.global_step, loss)
+        return {"eval_loss": loss}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["seconds"] = self.seconds + time.perf_counter() - self.begun
+        super().log(logs, start_time)
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self.begun
+            rate = (self.job.collate.tokens - self.tokens) / elapsed
+            step, memory = self.state.global_step, self.peak.read()
+            self.progress.step(step, logs["loss"], logs["learning_rate"], rate, memory)
+
+
+class _Control(TrainerCallback):
+    """Starts the clock and lets Ctrl-C end the run with a checkpoint."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.interrupt = interrupt
+        self.trainer: PlannedTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t = self.trainer
+        t.seconds = max((log.get("seconds", 0.0) for log in state.log_history), default=0.0)
+        t.begun, t.tokens = time.perf_counter(), t.job.collate.tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupt.requested:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def train(
+    method: str, tuned: Tuned, job: Job, folder: Path, resume: Path | None, interrupt: Interrupt
+) -> Outcome:
+    """Train ``tuned.model`` in place; checkpoints go to ``folder``."""
+    o = job.options
+    model: Any = tuned.model
+    use_cache = model.config.use_cache  # Trainer turns it off
+    if o.checkpointing:
+        _switch_checkpointing(model, True)
+    blocks = [model.get_submodule(n) for n in repeated_blocks(model)] if o.compile else []
+    for block in blocks:
+        block.compile()
+    peak = Peak(job.device)
+    control = _Control(interrupt)
+    with training_progress(job.console, method, job.steps) as progress:
+        trainer = PlannedTrainer(
+            job,
+            progress,
+            peak,
+            model=model,
+            args=_arguments(method, job, folder),
+            callbacks=[*tuned.callbacks, control],
+        )
+        trainer.remove_callback(PrinterCallback)
+        control.trainer = trainer
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model.config.use_cache = use_cache
+    for block in blocks:
+        block._compiled_call_impl = None
+    if o.checkpointing:
+        _switch_checkpointing(model, False)
+    logs = trainer.state.log_history
+    return Outcome(
+        train=[
+            {"step": log["step"], "loss": log["loss"], "lr": log["learning_rate"]}
+            for log in logs
+            if "loss" in log
+        ],
+        held_out=[{"step": g["step"], "loss": g["eval_loss"]} for g in logs if "eval_loss" in g],
+        seconds=max(log.get("seconds", 0.0) for log in logs),
+        peak=peak.read(),
+        stopped=interrupt.requested,
+    )
+
+
+def _arguments(method: str, job: Job, folder: Path) -> TrainingArguments:
+    o = job.options
+    scheduler, settings = SCHEDULERS[o.scheduler]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=job.steps,
+        per_device_train_batch_size=o.batch_size,
+        gradient_accumulation_steps=o.accumulation,
+        learning_rate=o.lr[method],
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs=settings,
+        warmup_steps=round(o.warmup * job.steps) if o.warmup < 1 else int(o.warmup),
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.clip,
+        seed=o.seed,
+        bf16=job.precision == "bf16" and method in ("lora", "full"),
+        fp16=job.precision == "fp16",
+        use_cpu=job.device.type == "cpu",
+        logging_steps=max(1, job.steps // 500),
+        eval_strategy="steps",
+        eval_steps=o.eval_steps or max(1, job.steps // 10),
+        save_strategy="steps" if o.save_steps else "no",
+        save_steps=o.save_steps or 1,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer copies the model to every GPU
+    return arguments
+
+
+def _switch_checkpointing(model: Any, on: bool) -> None:
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else ""
+    name = name or "gradient_checkpointing"  # transformers before 5.18
+    if on:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{name}_disable")()

@@ -1,0 +1,68 @@
+"""Flags' values: text to Python, or a sentence that says what would do."""
+
+from __future__ import annotations
+
+import argparse
+
+METHODS = ("losia-pro", "losia", "lora", "full")
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def count_or_none(text: str) -> int | None:
+    """The same, or the word ``none``."""
+    return None if text == "none" else count(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of 0 or more."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def methods(text: str) -> list[str]:
+    """Methods, or the word ``none`` for an empty list."""
+    chosen = [] if text == "none" else names(text)
+    return list(dict.fromkeys(_method(name) for name in chosen))
+
+
+def learning_rates(text: str) -> dict[str, float]:
+    """``1e-3`` for every method, ``lora=3e-3,full=1e-3`` by method, or both: ``1e-3,full=1e-4``."""
+    rates: dict[str, float] = {}
+    for part in names(text):
+        name, equals, value = part.rpartition("=")
+        try:
+            rate = positive(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither a rate nor METHOD=RATE"
+            ) from None
+        rates.update(dict.fromkeys((_method(name),) if equals else METHODS, rate))
+    return rates
+
+
+def _method(name: str) -> str:
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    return name
