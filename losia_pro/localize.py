@@ -22,7 +22,7 @@ def localize(
     sums the lowest index wins, so that the answer does not depend on the device.
 
     Args:
-        score: ``(out, in)``, floating point, finite, non-negative.
+        score: ``(out, in)``, floating point, finite; meant to be non-negative.
         n_out, n_in: how many rows and columns, ``1 <= n_out <= out``, ``1 <= n_in <= in``.
         group: neurons are chosen in aligned runs ``[k group, (k + 1) group)``, by the sum of their scores;
             ``n_out``, ``n_in`` and both sides of ``score`` must be multiples of it. A side that is wanted
@@ -38,6 +38,8 @@ def localize(
         raise ValueError(
             f"score must be a floating-point matrix (out, in), got {score.dtype} {tuple(score.shape)}"
         )
+    if group < 1:
+        raise ValueError(f"group must be >= 1, got {group!r}")
     for what, n, size in (
         ("n_out", n_out, score.shape[0]),
         ("n_in", n_in, score.shape[1]),
@@ -69,8 +71,8 @@ def localize(
     if strategy in ("independent", "best"):
         answers.append((rows(score), columns(score)))
 
-    kept = torch.stack([score[o][:, i].sum() for o, i in answers]).tolist()
-    if not all(map(math.isfinite, kept)):
+    total, *kept = torch.stack([score.sum(), *(score[o][:, i].sum() for o, i in answers)]).tolist()
+    if not math.isfinite(total):
         raise ValueError(
             "score has entries that are not finite: did the loss overflow while profiling?"
         )

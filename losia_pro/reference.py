@@ -160,12 +160,14 @@ def rewarm_factor(t: int, t0: int, period: int) -> float:
     return min(max((t - t0) / period, 0.0), 1.0)
 
 
-def error_bound(lr: float, n_trained: int, grad: Tensor, trained: Tensor, x: Tensor) -> Tensor:
-    """The paper's bound on the output error of training only ``M`` entries in one SGD step.
+def error_bound(lr: float, grad: Tensor, trained: Tensor, x: Tensor) -> Tensor:
+    """The paper's bound on what one SGD step loses by training only some entries of ``W``.
 
-        lr^2 / M * || 1_{not trained} * grad ||_F^2 * || x ||_F^2
+        1/M || (W_full - W_subnet) x ||_F^2  <=  lr^2 / M * || 1_{not trained} * grad ||_F^2 * || x ||_F^2
 
-    ``grad`` is the full gradient ``(out, in)``, ``trained`` a 0/1 mask of its shape, ``x`` ``(T, in)``.
+    ``W_full`` is ``W`` after the step on all entries, ``W_subnet`` after the step on the trained ones, and
+    ``M`` the number of tokens. ``grad`` is the full gradient ``(out, in)``, ``trained`` a 0/1 mask of its
+    shape, ``x`` ``(M, in)``.
     """
     missed = ((1 - trained) * grad).square().sum()
-    return lr**2 / n_trained * missed * x.square().sum()
+    return lr**2 / x.shape[0] * missed * x.square().sum()
