@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except CliError as error:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", highlight=False, markup=False
-        )
+        red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        print(f"\033[31merror: {error}\033[0m" if red else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

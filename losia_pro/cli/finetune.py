@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CliError: for whatever the user can do something about.
     """
-    from rich.console import Console
-
-    from . import data
-
-    console = Console()
     given = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
     resume = given.pop("resume", None)
     if resume:
@@ -40,6 +36,12 @@ def run(args: argparse.Namespace) -> int:
         options = flags.resolve(given)
         name = f"{Path(options.data).stem}-{options.method}"
         folder = RunFolder.choose(options.output, name, options.overwrite)
+    _check_packages([options.method, *options.compare])
+    from rich.console import Console
+
+    from . import data
+
+    console = Console()
     loaded = data.load(options.data, options.eval_data, options.split, options.eval_split)
 
     _be_quiet()
@@ -60,6 +62,14 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise CliError(f"out of memory: {REMEDIES}") from error
     return 0
+
+
+def _check_packages(methods: list[str]) -> None:
+    """Everything that the run is going to import, before it begins."""
+    needed = ["rich", "transformers", "accelerate", "matplotlib", *["peft"] * ("lora" in methods)]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CliError(f"missing packages; pip install {' '.join(missing)}")
 
 
 def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:

@@ -92,10 +92,8 @@ def _losia(
 
 
 def _lora(model: Any, options: argparse.Namespace) -> Tuned:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise CliError("method lora needs the package peft: pip install peft") from error
+    from peft import LoraConfig, get_peft_model
+
     # The same linears as LoSiA's: all in the repeated blocks, or those that the flag names.
     chosen = find_targets(model, losia_pro.LosiaConfig(target_modules=options.target_modules))
     rank = options.lora_rank or max(1, model.get_input_embeddings().embedding_dim // 64)

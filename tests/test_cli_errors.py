@@ -1,0 +1,222 @@
+"""What the command line refuses: one red sentence, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_tools import finetune, make_data, make_model, make_tokenizer, write_lines
+
+from losia_pro.cli import job as jobs
+from losia_pro.cli import main, memory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
+
+
+def refused(capsys, *flags) -> str:
+    """The sentence."""
+    assert finetune(*flags) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    return err
+
+
+def bad_flag(capsys, *flags) -> str:
+    """argparse's own sentence."""
+    with pytest.raises(SystemExit) as exit_:
+        finetune(*flags)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-length", 65), "the model reads 64 tokens at most"),
+        (("--device", "cuda"), "no CUDA GPU is visible"),
+        (("--precision", "fp16"), "fp16 needs a GPU"),
+        (("--rank-factor", 1.5), r"rank_factor must be in \(0, 1\], got 1.5"),
+        (("--rank-factor", 0.001), "is too small to slice"),
+        (("--target-modules", "q_proj,nope"), "'nope' matches no module"),
+        (("--method", "lora", "--target-modules", "nope"), "'nope' matches no module"),
+        (("--steps", 3, "--epochs", 1), "--steps or --epochs, not both"),
+        (("--eval-split", "nope"), "no file or folder, and not a readable dataset|no such split"),
+        (("--resume",), "give --resume DIR"),
+        (("--resume", "no/such"), "there is no run in that folder"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_written(
+    base, tmp_path, capsys, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    if torch.cuda.is_available() and "cuda" in flags + ("fp16" in flags) * ("cuda",):
+        pytest.skip("there is a GPU")
+    assert re.search(message, refused(capsys, *base, *flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", 0), "must be 1 or more, got 0"),
+        (("--epochs", -1), "must be above 0"),
+        (("--warmup", -1), "must be 0 or more"),
+        (("--lr", "lora:1"), "'lora:1' is neither a rate nor METHOD=RATE"),
+        (("--lr", "dora=1e-3"), "'dora' is none of losia-pro, losia, lora, full"),
+        (("--lr", "0"), "above 0"),
+        (("--compare", "lora,dora"), "'dora' is none of"),
+        (("--period", "-3"), "must be 1 or more"),
+    ],
+)
+def test_a_bad_value_is_named(capsys, flags, message):
+    assert message in bad_flag(capsys, *flags)
+
+
+def test_model_and_data_come_together(base, capsys):
+    assert "--model needs --data too" in refused(capsys, *base[:2])
+    assert "--data needs --model too" in refused(capsys, *base[2:])
+
+
+def test_without_a_checkout_the_embedded_job_says_what_would_do(tmp_path, capsys, monkeypatch):
+    import losia_pro
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(losia_pro, "__file__", str(tmp_path / "a" / "b" / "__init__.py"))
+    assert "run inside a checkout, or give --model and --data" in refused(capsys)
+
+
+def test_the_data_is_read_before_the_model(base, tmp_path, capsys, monkeypatch):
+    path = write_lines(tmp_path / "d.jsonl", ['{"text": "a"}', "oops"])
+    monkeypatch.setattr(jobs, "make_job", lambda *_: pytest.fail("the model was touched"))
+    assert f"{path}:2: not a JSON object" in refused(
+        capsys, "--model", "no/model", "--data", path
+    ).replace("\n", "")
+
+
+def test_a_model_that_cannot_be_read_is_named(base, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for model in (tmp_path / "empty", tmp_path / "no-such"):
+        assert f"--model {model}" in refused(
+            capsys, "--model", model, *base[2:], "--output", tmp_path / "r"
+        )
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    (vision / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    make_tokenizer().save_pretrained(vision)
+    assert f"--model {vision}" in refused(
+        capsys, "--model", vision, *base[2:], "--output", tmp_path / "r"
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_output_folder_that_is_taken_is_refused(base, tmp_path, capsys):
+    flags = (*base, "--steps", 1, "--batch-size", 2, "--method", "full")
+    run, other, file = tmp_path / "run", tmp_path / "other", tmp_path / "file"
+    assert finetune(*flags, "--output", run) == 0
+    before = (run / "run.json").read_text()
+    message = refused(capsys, *flags, "--output", run)
+    assert f"holds another run; continue it with --resume {run}" in message
+    assert (run / "run.json").read_text() == before
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    for overwrite in ((), ("--overwrite",)):
+        assert "holds other files" in refused(capsys, *flags, "--output", other, *overwrite)
+    assert (other / "thesis.txt").read_text() == "precious"
+    file.write_text("precious")
+    assert "a file of that name" in refused(capsys, *flags, "--output", file)
+    assert "cannot be written" in refused(capsys, *flags, "--output", file / "under")
+    assert finetune(*flags, "--seed", 5, "--output", run, "--overwrite") == 0
+    assert json.loads((run / "run.json").read_text())["arguments"]["seed"] == 5
+
+
+def test_an_overwriting_run_that_is_refused_leaves_the_old_one(base, tmp_path, capsys):
+    flags = (*base, "--steps", 1, "--batch-size", 2, "--output", tmp_path / "run")
+    assert finetune(*flags) == 0
+    before = {p.name for p in (tmp_path / "run").iterdir()}
+    refused(capsys, *flags, "--overwrite", "--rank-factor", 0.001)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 400_000)
+    flags = (*base, "--output", tmp_path / "run")
+    message = refused(capsys, *flags)
+    assert "need at least 0.0 GB" in message and "--precision bf16 halves the weights" in message
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+    message = refused(capsys, *flags, "--compare", "full")
+    assert message.startswith("error: full: ") and "--method losia-pro" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_says_what_would_do(base, tmp_path, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(jobs.Job, "evaluate", fail)
+    message = refused(capsys, *base, "--output", tmp_path / "run")
+    assert "out of memory" in message
+    assert all(flag in message for flag in ("--batch-size", "--checkpointing", "--precision"))
+
+
+def test_other_errors_keep_their_traceback(base, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(jobs.Job, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        finetune(*base, "--output", tmp_path / "run")
+
+
+def test_a_missing_package_is_named(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = (*base, "--output", tmp_path / "run")
+    assert refused(capsys, *flags).endswith("pip install matplotlib\n")
+    assert "pip install matplotlib peft" in refused(capsys, *flags, "--compare", "lora")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refused(capsys, "--model", "m", "--data", "someone/thing")
+
+
+def test_help_needs_neither_transformers_nor_a_model():
+    script = (
+        "import sys\nfrom losia_pro.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "try: main(['finetune', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert not {'transformers', 'datasets', 'peft', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--rank-factor" in done.stdout and "doctor" in done.stdout
+
+
+def test_no_command_is_refused_and_the_version_shown(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0 and re.search(r"losia-pro \d", capsys.readouterr().out)
