@@ -128,7 +128,9 @@ def next_token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def pretrain(model: LlamaForCausalLM, data: dict[str, torch.Tensor], args: argparse.Namespace):
+def pretrain(
+    model: LlamaForCausalLM, data: dict[str, torch.Tensor], args: argparse.Namespace
+) -> dict[str, float]:
     """AdamW with warm-up and a cosine that ends after `args.steps` or `args.seconds`.
 
     Keeps the weights of the best held-out loss. Returns a record for the model's README.
@@ -149,7 +151,7 @@ def pretrain(model: LlamaForCausalLM, data: dict[str, torch.Tensor], args: argpa
     loss_of = torch.compile(next_token_loss, dynamic=False) if args.compile else next_token_loss
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     from_tests, repeated = round(args.batch * TEST_SHARE), round(args.batch * REPEAT_SHARE)
-    best, weights, started, step, progress = math.inf, {}, time.monotonic(), 0, 0.0
+    best, at, weights, started, step, progress = math.inf, 0, {}, time.monotonic(), 0, 0.0
     while progress < 1:
         batch = torch.cat(
             [
