@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-
+from . import torch_ops
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -135,10 +134,10 @@ class _SubnetLinear(torch.autograd.Function):
                 flat, x_sub, out_idx, out_dtype=ctx.subnet_dtype, impl=ctx.impl
             )
         elif wants_subnet:
-            dense = ops._product(flat, x_whole, ctx.subnet_dtype)
+            dense = torch_ops.product(flat, x_whole, ctx.subnet_dtype)
             d_subnet = dense.index_select(0, out_idx).index_select(1, in_idx)
         if wants_weight:
-            d_weight = ops._product(flat, x_whole, ctx.weight_dtype)
+            d_weight = torch_ops.product(flat, x_whole, ctx.weight_dtype)
         if wants_bias:
             d_bias = flat.sum(0, dtype=ctx.bias_dtype)
         if ctx.profile is not None:

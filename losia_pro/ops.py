@@ -1,6 +1,6 @@
 """The kernels' schemas: ``torch.ops.losia_pro.*``, their fakes, and which implementation answers.
 
-Every op has the implementations "torch" (here), and, where they exist and can run, "triton"
+Every op has the implementations "torch" (``torch_ops``), and, where they exist and can run, "triton"
 (``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
 first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL`` names
 one for the whole process, and where it cannot run a warning says once what runs instead.
@@ -12,13 +12,13 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, torch_ops
 
 OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
 IMPLS = ("torch", "triton", "cuda")
@@ -51,74 +51,6 @@ _lib.define(
 def compact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a subnet and of its gradient: fp64 for fp64 weights, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# --- the torch implementations --------------------------------------------------------------------
-
-
-def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
-    """``x[:, X_S]``: ``x`` ``(T, in)``, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)`` in ``x``'s dtype."""
-    return x.index_select(1, in_idx)
-
-
-def subnet_grad(dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``dy[:, Y_S]^T x_S`` with fp32 accumulation (paper: *LoSiA-Pro*).
-
-    ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result
-    ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, nothing of ``dy`` is gathered.
-    """
-    dy_sub = dy if out_idx.numel() == dy.shape[1] else dy.index_select(1, out_idx)
-    return _product(dy_sub, x_sub, out_dtype)
-
-
-def importance_update_(
-    importance: Tensor,
-    uncertainty: Tensor,
-    weight: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    grad: Tensor | None,
-    beta1: float,
-    beta2: float,
-    variant: str,
-    scale: float = 1.0,
-) -> None:
-    """One step of smoothed importance and uncertainty, in place, from ``g = scale (dy^T x + grad)``.
-
-        I = importance of (g, W);  I_i = b1 I_i + (1 - b1) I;  U_i = b2 U_i + (1 - b2) |I - I_i|
-
-    ``importance``, ``uncertainty``, ``grad`` and ``weight`` are ``(out, in)``; ``dy`` ``(T, out)`` and
-    ``x`` ``(T, in)`` belong to the step's last micro-batch and ``grad`` sums those before it.
-    """
-    g = _product(dy, x, importance.dtype)
-    if grad is not None:
-        g += grad
-    if scale != 1.0:
-        g *= scale
-    current = reference.importance(g, weight, variant).to(importance.dtype)
-    importance.mul_(beta1).add_(current, alpha=1 - beta1)
-    uncertainty.mul_(beta2).add_(current.sub_(importance).abs_(), alpha=1 - beta2)
-
-
-def write_back_(
-    weights: Sequence[Tensor],
-    subnets: Sequence[Tensor],
-    out_idx: Sequence[Tensor],
-    in_idx: Sequence[Tensor],
-) -> None:
-    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to the weight's dtype."""
-    for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
-        weight.index_put_((rows.unsqueeze(1), columns), subnet.to(weight.dtype))
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a^T b`` accumulated and returned in ``dtype`` or better, never rounded to less on the way."""
-    if a.dtype == b.dtype == dtype:
-        return a.T @ b
-    if a.is_cuda and dtype == torch.float32 and a.dtype == b.dtype:
-        return torch.mm(a.T, b, out_dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return (a.to(wide).T @ b.to(wide)).to(dtype)
 
 
 # --- which implementation -------------------------------------------------------------------------
@@ -188,7 +120,7 @@ def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
 def _function(op: str, device: torch.device, impl: str | None) -> Callable[..., Tensor]:
     chosen = resolve(op, device, impl)
     if chosen == "torch":
-        return globals()[op]  # type: ignore[no-any-return]
+        return getattr(torch_ops, op)  # type: ignore[no-any-return]
     return getattr(_module(chosen)[0], op)  # type: ignore[no-any-return]
 
 
@@ -251,11 +183,19 @@ def _importance_update_(
     scale: float = 1.0,
     impl: str | None = None,
 ) -> None:
-    if not importance.shape == uncertainty.shape == weight.shape == (dy.shape[1], x.shape[1]):
-        raise ValueError(
-            f"importance {tuple(importance.shape)}, uncertainty {tuple(uncertainty.shape)} and weight "
-            f"{tuple(weight.shape)} must be (out, in) = ({dy.shape[1]}, {x.shape[1]})"
-        )
+    _check_matrix("dy", dy)
+    _check_matrix("x", x)
+    if dy.shape[0] != x.shape[0]:
+        raise ValueError(f"dy has {dy.shape[0]} tokens, x has {x.shape[0]}; they must agree")
+    shape = (dy.shape[1], x.shape[1])
+    for what, t in (
+        ("importance", importance),
+        ("uncertainty", uncertainty),
+        ("weight", weight),
+        ("grad", grad),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{what} must be (out, in) = {shape}, got {tuple(t.shape)}")
     if variant not in reference.VARIANTS:
         raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
     update = _function("importance_update_", weight.device, impl)
@@ -270,6 +210,20 @@ def _write_back_(
     *,
     impl: str | None = None,
 ) -> None:
+    if not len(weights) == len(subnets) == len(out_idx) == len(in_idx):
+        raise ValueError(
+            f"{len(weights)} weights, {len(subnets)} subnets, {len(out_idx)} out_idx and "
+            f"{len(in_idx)} in_idx must be equally many"
+        )
+    for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
+        _check_matrix("weight", weight)
+        _check_index("out_idx", rows, weight, weight.shape[0])
+        _check_index("in_idx", columns, weight, weight.shape[1])
+        if subnet.shape != (rows.shape[0], columns.shape[0]):
+            raise ValueError(
+                f"subnet must be (len(out_idx), len(in_idx)) = ({rows.shape[0]}, {columns.shape[0]}), "
+                f"got {tuple(subnet.shape)}"
+            )
     if weights:
         _function("write_back_", weights[0].device, impl)(weights, subnets, out_idx, in_idx)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, torch_ops
 from .config import LosiaConfig
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Profile:
 
     def _fold(self) -> None:
         assert self.pending is not None
-        product = ops._product(*self.pending, self.importance.dtype)
+        product = torch_ops.product(*self.pending, self.importance.dtype)
         self.grad = product if self.grad is None else self.grad.add_(product)
         self.pending = None
 

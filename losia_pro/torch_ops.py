@@ -1,0 +1,81 @@
+"""The kernels' operations in plain PyTorch: the implementation "torch", complete on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
+    """``x[:, X_S]``: ``x`` ``(T, in)``, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)`` in ``x``'s dtype."""
+    return x.index_select(1, in_idx)
+
+
+def subnet_grad(dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``dy[:, Y_S]^T x_S`` with fp32 accumulation (paper: *LoSiA-Pro*).
+
+    ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result
+    ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, ``dy`` is read as it lies and the
+    small result put in ``out_idx``'s order.
+    """
+    if out_idx.numel() == dy.shape[1]:
+        return product(dy, x_sub, out_dtype).index_select(0, out_idx)
+    return product(dy.index_select(1, out_idx), x_sub, out_dtype)
+
+
+def importance_update_(
+    importance: Tensor,
+    uncertainty: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    beta1: float,
+    beta2: float,
+    variant: str,
+    scale: float = 1.0,
+) -> None:
+    """One step of smoothed importance and uncertainty, in place, from ``g = scale (dy^T x + grad)``.
+
+        I = importance of (g, W);  I_i = b1 I_i + (1 - b1) I;  U_i = b2 U_i + (1 - b2) |I - I_i|
+
+    ``importance``, ``uncertainty``, ``grad`` and ``weight`` are ``(out, in)``; ``dy`` ``(T, out)`` and
+    ``x`` ``(T, in)`` belong to the step's last micro-batch and ``grad`` sums those before it.
+    """
+    g = product(dy, x, importance.dtype)
+    if grad is not None:
+        g += grad
+    if scale != 1.0:
+        g *= scale
+    current = reference.importance(g, weight, variant).to(importance.dtype)
+    importance.mul_(beta1).add_(current, alpha=1 - beta1)
+    uncertainty.mul_(beta2).add_(current.sub_(importance).abs_(), alpha=1 - beta2)
+
+
+def write_back_(
+    weights: Sequence[Tensor],
+    subnets: Sequence[Tensor],
+    out_idx: Sequence[Tensor],
+    in_idx: Sequence[Tensor],
+) -> None:
+    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to the weight's dtype."""
+    for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
+        weight.index_put_((rows.unsqueeze(1), columns), subnet.to(weight.dtype))
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a^T b`` accumulated and returned in ``dtype`` or better, never rounded to less on the way
+    (not by an autocast region around the backward either)."""
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return product(a, b, dtype)
+    if a.dtype == b.dtype == dtype:
+        return a.T @ b
+    if a.is_cuda and dtype == torch.float32 and a.dtype == b.dtype:
+        return torch.mm(a.T, b, out_dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (a.to(wide).T @ b.to(wide)).to(dtype)
