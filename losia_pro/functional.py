@@ -59,13 +59,24 @@ def subnet_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
-        RuntimeError: in the backward, if the indices or the weight changed since the forward.
+        RuntimeError: in the backward, if the indices or the weight changed since the forward; when its
+            gradients are differentiated again.
     """
+    if mode not in ("pro", "dense"):
+        raise ValueError(f'mode must be "pro" or "dense", got {mode!r}')
+    for what, idx in (("out_idx", out_idx), ("in_idx", in_idx)):
+        if idx.dim() != 1 or idx.dtype != torch.int64 or idx.device != x.device:
+            raise ValueError(
+                f"{what} must be 1-D int64 on x's {x.device}, "
+                f"got {idx.dtype} {tuple(idx.shape)} on {idx.device}"
+            )
     if subnet.shape != (out_idx.shape[0], in_idx.shape[0]):
         raise ValueError(
             f"subnet must be (len(out_idx), len(in_idx)) = ({out_idx.shape[0]}, {in_idx.shape[0]}), "
             f"got {tuple(subnet.shape)}"
         )
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -76,6 +87,8 @@ def subnet_linear(
     if not (wants_subnet or wants_weight or profile is not None):
         return F.linear(x, weight, bias)
 
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _refuse_nested_grad()
     flat = x.detach().reshape(-1, x.shape[-1])
     x_sub = x_whole = None
     if wants_subnet and mode == "pro":
@@ -119,6 +132,8 @@ class _SubnetLinear(torch.autograd.Function):
         ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.impl, ctx.profile = impl, profile
+        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        ctx.trained = (weight, subnet) if eager else None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -142,7 +157,36 @@ class _SubnetLinear(torch.autograd.Function):
             d_bias = flat.sum(0, dtype=ctx.bias_dtype)
         if ctx.profile is not None:
             ctx.profile.add(flat, x_whole)
-        return dx, d_weight, d_subnet, d_bias, *[None] * 7
+        grads = dx, d_weight, d_subnet, d_bias
+        if torch.is_grad_enabled() and ctx.trained is not None:
+            grads = _Once.apply(*ctx.trained, dy, *grads)
+        return *grads, *[None] * 7
+
+
+_ONCE = (
+    "subnet_linear can be differentiated once: its gradients have no derivative with respect to the "
+    "subnet; for a gradient penalty or a Hessian use F.linear on the dense weight"
+)
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on whose own backward is an error, so that ``create_graph=True`` can never give
+    a derivative that lacks the parts which run through the subnet."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.detach() for g in tensors[-4:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(_ONCE)
+
+
+def _refuse_nested_grad() -> None:
+    """The same for ``torch.func``, where every backward is differentiable: two levels are refused."""
+    levels = [i.key() for i in torch._C._functorch.get_interpreter_stack() or ()]
+    if levels.count(torch._C._functorch.TransformType.Grad) > 1:
+        raise RuntimeError(_ONCE)
 
 
 class _SavedEarly:
@@ -166,14 +210,22 @@ class _SavedEarly:
         pack, self.unpack = hooks
         self.own = weight, out_idx, in_idx
         self.versions = [None if t is None else t._version for t in self.own]
-        self.packed = [None if t is None else pack(t) for t in (x_sub, x_whole)]
+        self.packed: list[Any] | None = [None if t is None else pack(t) for t in (x_sub, x_whole)]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         if self.versions != [None if t is None else t._version for t in self.own]:
             raise RuntimeError(
                 "the weight or the indices of a SubnetLinear were modified between forward and backward"
             )
-        return *self.own, *(None if p is None else self.unpack(p) for p in self.packed)
+        if self.packed is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the saved tensors are freed; "
+                "use retain_graph=True the first time"
+            )
+        saved = *self.own, *(None if p is None else self.unpack(p) for p in self.packed)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.packed = None
+        return saved
 
 
 def _saved_tensors_hooks() -> Hooks | None:
