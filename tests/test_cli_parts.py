@@ -34,9 +34,9 @@ def trained_model(tmp_path_factory):
     tokenizer = make_tokenizer()
     records = [Record(str(i), (p["prompt"], p["response"])) for i, p in enumerate(PAIRS)]
     samples = encode(Data("pairs", records, records[:1], 0.1, ""), tokenizer, 64).train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     collate = Collate(tokenizer.pad_token_id)
-    for step in range(60):
+    for step in range(240):
         batch = collate(samples[8 * (step % 3) :][:8])
         model(**batch).loss.backward()
         optimizer.step()
@@ -261,3 +261,13 @@ def test_differing_flags_are_told_apart_from_equal_ones():
     )
     assert options.differing({"lr": {"lora": 2e-3}}, recorded)
     assert options.differing({"seed": 2}, recorded) == ["--seed was None, now 2"]
+
+
+def test_the_module_is_the_command_line(monkeypatch, capsys):
+    import runpy
+    import sys
+
+    monkeypatch.setattr(sys, "argv", ["losia_pro", "--version"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("losia_pro", run_name="__main__")
+    assert exit_.value.code == 0 and "losia-pro" in capsys.readouterr().out

@@ -186,7 +186,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _datasets() -> Any:
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise CliError(
             "reading a dataset by name needs the package datasets: pip install datasets"

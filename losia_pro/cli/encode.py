@@ -137,9 +137,9 @@ def _chat_spans(
     messages: Sequence[dict[str, str]], tokenizer: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     def render(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
+        shown = messages[:count]
+        text = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt)
+        return str(text)
 
     text = render(len(messages))
     spans = []

@@ -90,7 +90,8 @@ def _be_quiet() -> None:
     """No bars of other libraries beside ours. Their warnings stay."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    switch: Any = logging.disable_progress_bar
+    switch()
 
 
 def _begin(folder: RunFolder, job: Job) -> None:

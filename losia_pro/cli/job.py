@@ -118,8 +118,9 @@ def empty_model(config: Any) -> Any:
     """The model that a Hugging Face config describes, on the meta device: nothing is allocated."""
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto.from_config(config)
 
 
 def check_targets(model: Any, options: argparse.Namespace) -> None:

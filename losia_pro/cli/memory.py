@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,10 +89,8 @@ class Peak:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: restart the high-water mark
-        except OSError:
-            pass
+        with suppress(OSError):  # Linux: restart the high-water mark
+            Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
         if self.device.type == "cuda":

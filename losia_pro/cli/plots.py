@@ -30,7 +30,9 @@ def loss(record: dict[str, Any], path: Path) -> None:
         )
     axes.axhline(base, color="#999999", linestyle=":", label=f"base model: {base:.3f}")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    wide = base > 5 * min(r["loss"] for r in record["results"].values())
+    axes.set_yscale("log" if wide else "linear")
+    axes.set_ylabel(f"loss (nats per token{', log scale' if wide else ''})")
     axes.set_title("Held-out loss (markers) and training loss (faint, smoothed)")
     axes.grid(alpha=0.25)
     axes.legend(title="held-out loss at the end")
@@ -66,7 +68,7 @@ def subnets(record: dict[str, Any], path: Path) -> None:
     top.set_title(f"{record['subnet_method']}: which group's subnets moved when")
     top.grid(alpha=0.25)
     bottom.set_ylim(0, 1)
-    bottom.set_xlim(0, record["steps"])
+    bottom.set_xlim(0, 1.02 * record["steps"])
     bottom.set_xlabel("optimizer step")
     bottom.set_ylabel("share (mean of the group)")
     bottom.grid(alpha=0.25)
@@ -74,7 +76,7 @@ def subnets(record: dict[str, Any], path: Path) -> None:
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(r[key] for r in rows) / len(rows)
+    return float(sum(r[key] for r in rows) / len(rows))
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:

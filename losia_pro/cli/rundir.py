@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,8 @@ class RunFolder:
     def drop_checkpoints(self, method: str) -> None:
         """A method that is finished needs none."""
         shutil.rmtree(self.checkpoints(method), ignore_errors=True)
-        try:
+        with suppress(OSError):  # another method's are there, or none at all
             (self.path / CHECKPOINTS).rmdir()
-        except OSError:
-            pass  # another method's, or none at all
 
 
 def _is_json(path: Path) -> bool:
