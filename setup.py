@@ -45,7 +45,9 @@ class CMakeBuild(build_ext):
         except (OSError, RuntimeError) as error:
             target.unlink(missing_ok=True)  # rather none than one of older sources
             if WANTED == "1":
-                raise CompileError(f"LOSIA_BUILD_CUDA=1, but the CUDA module failed:\n{error}") from error
+                raise CompileError(
+                    f"LOSIA_BUILD_CUDA=1, but the CUDA module failed:\n{error}"
+                ) from error
             last = [line for line in str(error).splitlines() if line.strip()][-1:]
             say(f"without the CUDA module: {''.join(last)} (LOSIA_BUILD_CUDA=1 shows all)")
 
