@@ -181,7 +181,7 @@ def _tiles(dtype: torch.dtype) -> Tiles:
 def _split_tokens(tokens: int, blocks: int, block_k: int, processors: int) -> int:
     """Tokens per split: as many splits as fill the processors once, of at least 4 steps each."""
     splits = max(1, min(processors // blocks, tokens // (4 * block_k)))
-    return triton.cdiv(triton.cdiv(tokens, splits), block_k) * block_k
+    return -(-tokens // (splits * block_k)) * block_k
 
 
 @functools.cache
