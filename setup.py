@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             self._cmake(target)
-        except (OSError, RuntimeError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             target.unlink(missing_ok=True)  # rather none than one of older sources
             if WANTED == "1":
                 raise CompileError(

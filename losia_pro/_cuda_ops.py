@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 try:
-    from . import _cuda  # type: ignore[attr-defined]
-except ImportError as error:
+    _cuda = import_module("losia_pro._cuda")
+except ModuleNotFoundError as error:
     raise ImportError(
-        f"the compiled module losia_pro._cuda is not there ({error}); reinstall losia-pro with nvcc on PATH "
-        "and LOSIA_BUILD_CUDA=1"
+        "not built: reinstall losia-pro with nvcc on PATH and LOSIA_BUILD_CUDA=1"
     ) from error
+except ImportError as error:
+    raise ImportError(f"losia_pro._cuda does not load: {error}") from error
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/losia.h
 _MIN_SPLIT_TOKENS = 256

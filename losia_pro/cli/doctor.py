@@ -70,7 +70,7 @@ def describe(facts: dict[str, Any]) -> str:
     if module["built"]:
         built = f"{module['file']}, CUDA {module['toolkit']}, for {', '.join(module['archs'])}"
     else:
-        built = f"not usable: {module['reason']}"
+        built = module["reason"]
     lines += ["", f"Compiled module: {built}"]
     if facts["LOSIA_IMPL"]:
         lines.append(f"LOSIA_IMPL={facts['LOSIA_IMPL']}")
