@@ -156,11 +156,6 @@ class Losia:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
         self._skip = found_inf is not None and bool(found_inf)
-        for profile in self._profiles():
-            if self._skip:
-                profile.discard()
-            else:
-                profile.update(1.0 if self._scaler is None else 1.0 / self._scaler.get_scale())
         self._before = []
         for group in range(len(self.groups)):
             factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
@@ -174,6 +169,13 @@ class Losia:
         for subnets, old, factor in self._before:
             torch._foreach_lerp_(subnets, old, 1 - factor)
         self._before = []
+        # Here and not before the step: a closure's backward comes in between. The dense weights that
+        # importance reads are still those of the forward.
+        for profile in self._profiles():
+            if self._skip:
+                profile.discard()
+            else:
+                profile.update(1.0 if self._scaler is None else 1.0 / self._scaler.get_scale())
         self.write_back()
         if self._skip:
             return
@@ -250,19 +252,26 @@ class Losia:
             chosen = range(first, min(first + at_once, len(self.groups)))
             for module in self.modules.values():
                 module.profile = None
-            for group in chosen:
-                for module in self.group_modules(group).values():
-                    module.profile = Profile(module, self.config)
-            for batch in batches:
-                loss_of(self.model, batch).backward()
-                for profile in self._profiles():
-                    profile.update()
+            try:
+                for group in chosen:
+                    for module in self.group_modules(group).values():
+                        module.profile = Profile(module, self.config)
+                for batch in batches:
+                    loss_of(self.model, batch).backward()
+                    for profile in self._profiles():
+                        profile.update()
+                    self.model.zero_grad(set_to_none=True)
+                for group in chosen:
+                    self._reselect(group)
+            finally:
+                for module in self.modules.values():
+                    module.profile = None
                 self.model.zero_grad(set_to_none=True)
-            for group in chosen:
-                self._reselect(group)
+                if self._optimizer is not None:
+                    self._set_profiled()
+        # Nothing was trained where the subnets were before.
+        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
         self._calibrated = True
-        if self._optimizer is not None:
-            self._set_profiled()
 
     # --- state --------------------------------------------------------------------------------------
 

@@ -36,14 +36,17 @@ class Profile:
         """Take one micro-batch's operands.
 
         What a discarded step left behind (an overflow under ``GradScaler``, a ``zero_grad`` without a
-        step) is dropped: a new backward that finds no gradient on the subnet starts a new step.
+        step) is dropped: a new backward that finds no gradient on the subnet, or one that was set to
+        zero, starts a new step.
         """
         backward = torch._C._current_graph_task_id()
-        if self.module.subnet.grad is None and backward != self._backward:
+        again, self._backward = backward == self._backward, backward
+        if self.module.subnet.grad is None and not again:
             self.discard()
-        self._backward = backward
         if self.pending is not None:
             self._fold()
+            if not again:
+                self._drop_if_zeroed()
         self.pending = dy.detach(), x.detach()
 
     def _fold(self) -> None:
@@ -51,6 +54,14 @@ class Profile:
         product = torch_ops.product(*self.pending, self.importance.dtype)
         self.grad = product if self.grad is None else self.grad.add_(product)
         self.pending = None
+
+    def _drop_if_zeroed(self) -> None:
+        """Without a device sync: if ``subnet.grad`` is zero where the gradients kept here are not, it was
+        set to zero since they came."""
+        m = self.module
+        assert self.grad is not None and m.subnet.grad is not None
+        mine = self.grad.index_select(0, m.out_idx).index_select(1, m.in_idx)
+        self.grad.masked_fill_(mine.any() & ~m.subnet.grad.any(), 0)
 
     def discard(self) -> None:
         """Forget the gradients of the present step."""
