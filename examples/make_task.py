@@ -270,12 +270,7 @@ def main() -> None:
     seen: set[str] = set()
     splits: dict[str, list[tuple[str, str]]] = {"test": [], "train": []}
     names = [(name, text) for name, text in documents(args.docs) if is_task_document(name)]
-    for (
-        split,
-        rows,
-    ) in (
-        splits.items()
-    ):  # test first: a line that is in both splits' documents stays in the test set
+    for split, rows in splits.items():  # test first: what is in both splits' documents stays there
         for name, text in names:
             if (rank(name, "test") < 0.1) == (split == "test"):
                 pairs = [pair for pair in dict.fromkeys(examples(text)) if pair[0] not in seen]
