@@ -38,7 +38,9 @@ SETTINGS = (
     "beta1",
     "beta2",
     "rewarm",
+    "neuron_group",
 )
+KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
 
 def state_of(losia: Losia) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def state_of(losia: Losia) -> dict[str, Any]:
     modules: dict[str, dict[str, Any]] = {}
     for name, m in losia.modules.items():
         modules[name] = {
+            "features": (m.out_features, m.in_features),
             "out_idx": m.out_idx.clone(),
             "in_idx": m.in_idx.clone(),
             "subnet": m.subnet.detach().clone(),
@@ -64,12 +67,15 @@ def state_of(losia: Losia) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def restore(losia: Losia, state: dict[str, Any]) -> None:
-    """See ``Losia.load_state_dict``."""
+def _check(losia: Losia, state: dict[str, Any]) -> None:
+    """Raise a ValueError, before anything changes, for a state that is not this run's."""
     if state.get("version") != STATE_VERSION:
         raise ValueError(
             f"the state's version is {state.get('version')!r}; this release reads {STATE_VERSION}"
+        )
+    if missing := KEYS - state.keys():
+        raise ValueError(
+            f"not a state of Losia.state_dict(): it lacks {', '.join(sorted(missing))}"
         )
     saved = state["modules"]
     if saved.keys() != losia.modules.keys():
@@ -82,17 +88,26 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
                 f"the state was saved with {key}={theirs!r}, this run has {key}={ours!r}"
             )
     for name, m in losia.modules.items():
-        if saved[name]["subnet"].shape != m.subnet.shape:
+        s = saved[name]
+        theirs = tuple(s["features"]), tuple(s["subnet"].shape)
+        ours = (m.out_features, m.in_features), tuple(m.subnet.shape)
+        if theirs != ours:
             raise ValueError(
-                f"{name}: the state's subnet is {tuple(saved[name]['subnet'].shape)}, "
-                f"this model's {tuple(m.subnet.shape)}"
+                f"{name}: the state has a subnet {theirs[1]} of {theirs[0]}, this model {ours[1]} of "
+                f"{ours[0]}"
             )
+
+
+@torch.no_grad()
+def restore(losia: Losia, state: dict[str, Any]) -> None:
+    """See ``Losia.load_state_dict``."""
+    _check(losia, state)
     losia.step = state["step"]
     losia.history = [Reselection(*r) for r in state["history"]]
     losia.base_digest = state["base_digest"]
     losia._calibrated = True
     for name, m in losia.modules.items():
-        s, device = saved[name], m.weight.device
+        s, device = state["modules"][name], m.weight.device
         m.select(s["out_idx"].to(device), s["in_idx"].to(device))
         m.subnet.copy_(s["subnet"])
         losia._touched[name] = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
@@ -102,3 +117,5 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
             m.profile.importance.copy_(s["importance"])
             m.profile.uncertainty.copy_(s["uncertainty"])
     losia.write_back()
+    if losia._optimizer is not None:
+        losia._set_profiled()

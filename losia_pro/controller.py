@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, delta
+from .calibrate import calibrate
 from .checkpoint import Reselection
 from .config import LosiaConfig
 from .discover import check_weights, find_targets, subnet_sizes
 from .linear import SubnetLinear
-from .localize import localize
-from .profile import Profile
+from .profile import Profile, relocate
 from .schedule import Schedule
 
 
@@ -84,7 +84,7 @@ class Losia:
                 generator=generator,
             )
         _replace(model, {id(linears[n]): self.modules[n] for n in linears})
-        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
+        self._forget_touched()
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
@@ -201,26 +201,19 @@ class Losia:
 
     def _reselect(self, group: int) -> None:
         """Move a profiled group's subnets to where its score is, and start their optimizer state afresh."""
-        c = self.config
         for name, module in self.group_modules(group).items():
-            assert isinstance(module.profile, Profile)
-            score = module.profile.score()
-            module.profile = None
-            total = float(score.sum(dtype=torch.float64))
-            if total == 0:  # no gradient came: nothing speaks for another place
+            move = relocate(module, self.config)
+            if move is None:  # no gradient came: nothing speaks for another place
                 self.history.append(Reselection(self.step, group, name, 0.0, 1.0))
                 continue
-            old_out, old_in = module.out_idx.clone(), module.in_idx.clone()
-            n_out, n_in = module.subnet.shape
-            out_idx, in_idx = localize(score, n_out, n_in, c.strategy, c.neuron_group)
-            module.select(out_idx, in_idx)
-            kept = float(score[out_idx][:, in_idx].sum(dtype=torch.float64)) / total
-            same = int(torch.isin(out_idx, old_out).sum()) * int(torch.isin(in_idx, old_in).sum())
-            overlap = same / module.subnet.numel()
-            self.history.append(Reselection(self.step, group, name, kept, overlap))
+            self.history.append(Reselection(self.step, group, name, *move))
             self._touched[name].append(_pair(module))
             if self._optimizer is not None:
                 self._optimizer.state.pop(module.subnet, None)
+
+    def _forget_touched(self) -> None:
+        """Record that the subnets have been nowhere but where they are."""
+        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
 
     def calibrate(
         self,
@@ -240,38 +233,7 @@ class Losia:
             ValueError: no batches.
             RuntimeError: training has begun.
         """
-        if not batches:
-            raise ValueError("calibrate needs at least one batch")
-        if self.step:
-            raise RuntimeError(
-                f"calibrate() comes before training; {self.step} steps were made already"
-            )
-        loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
-        at_once = groups_at_once or len(self.groups)
-        for first in range(0, len(self.groups), at_once):
-            chosen = range(first, min(first + at_once, len(self.groups)))
-            for module in self.modules.values():
-                module.profile = None
-            try:
-                for group in chosen:
-                    for module in self.group_modules(group).values():
-                        module.profile = Profile(module, self.config)
-                for batch in batches:
-                    loss_of(self.model, batch).backward()
-                    for profile in self._profiles():
-                        profile.update()
-                    self.model.zero_grad(set_to_none=True)
-                for group in chosen:
-                    self._reselect(group)
-            finally:
-                for module in self.modules.values():
-                    module.profile = None
-                self.model.zero_grad(set_to_none=True)
-                if self._optimizer is not None:
-                    self._set_profiled()
-        # Nothing was trained where the subnets were before.
-        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
-        self._calibrated = True
+        calibrate(self, batches, loss_fn, groups_at_once)
 
     # --- state --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops, reference, torch_ops
 from .config import LosiaConfig
+from .localize import localize
 
 if TYPE_CHECKING:
     from .linear import SubnetLinear
@@ -89,3 +90,25 @@ class Profile:
         self.importance = self.importance.to(weight.device, dtype)
         self.uncertainty = self.uncertainty.to(weight.device, dtype)
         self.discard()
+
+
+def relocate(module: SubnetLinear, config: LosiaConfig) -> tuple[float, float] | None:
+    """Move a profiled linear's subnet to where its score is, and end its profile.
+
+    Returns:
+        The share of the score that the new subnet keeps, and the share of its entries that were in the
+        last one; None, with nothing moved, if there is no score at all.
+    """
+    assert isinstance(module.profile, Profile)
+    score = module.profile.score()
+    module.profile = None
+    total = float(score.sum(dtype=torch.float64))
+    if total == 0:
+        return None
+    old_out, old_in = module.out_idx.clone(), module.in_idx.clone()
+    n_out, n_in = module.subnet.shape
+    out_idx, in_idx = localize(score, n_out, n_in, config.strategy, config.neuron_group)
+    module.select(out_idx, in_idx)
+    kept = float(score[out_idx][:, in_idx].sum(dtype=torch.float64))
+    same = int(torch.isin(out_idx, old_out).sum()) * int(torch.isin(in_idx, old_in).sum())
+    return kept / total, same / module.subnet.numel()

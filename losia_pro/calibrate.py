@@ -1,0 +1,62 @@
+"""A calibrated start: the first subnets by importance over a few batches, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .profile import Profile
+
+if TYPE_CHECKING:
+    from .controller import Losia
+
+
+def calibrate(
+    losia: Losia,
+    batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    groups_at_once: int | None,
+) -> None:
+    """See ``Losia.calibrate``."""
+    if not batches:
+        raise ValueError("calibrate needs at least one batch")
+    if losia.step:
+        raise RuntimeError(
+            f"calibrate() comes before training; {losia.step} steps were made already"
+        )
+    loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
+    n_groups = len(losia.groups)
+    at_once = groups_at_once or n_groups
+    try:
+        for first in range(0, n_groups, at_once):
+            _profile_and_move(losia, range(first, min(first + at_once, n_groups)), batches, loss_of)
+    finally:
+        for module in losia.modules.values():
+            module.profile = None
+        losia.model.zero_grad(set_to_none=True)
+        if losia._optimizer is not None:
+            losia._set_profiled()
+    losia._forget_touched()  # nothing was trained where the subnets were before
+    losia._calibrated = True
+
+
+def _profile_and_move(
+    losia: Losia,
+    groups: range,
+    batches: Sequence[Any],
+    loss_of: Callable[[nn.Module, Any], Tensor],
+) -> None:
+    for module in losia.modules.values():
+        module.profile = None
+    for group in groups:
+        for module in losia.group_modules(group).values():
+            module.profile = Profile(module, losia.config)
+    for batch in batches:
+        loss_of(losia.model, batch).backward()
+        for profile in losia._profiles():
+            profile.update()
+        losia.model.zero_grad(set_to_none=True)
+    for group in groups:
+        losia._reselect(group)
