@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,31 +66,29 @@ class LosiaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank_factor", "in_factor", "out_factor"):
+        for name, (kind, fits, wanted) in _NUMBERS.items():
             value = getattr(self, name)
-            if value is None and name != "rank_factor":
+            if value is None and wanted.endswith("or None"):
                 continue
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value!r}")
-        if not 0 <= self.output_factor <= 1:
-            raise ValueError(f"output_factor must be in [0, 1], got {self.output_factor!r}")
-        if self.period is not None and (not isinstance(self.period, int) or self.period < 1):
-            raise ValueError(
-                f"period must be a number of optimizer steps >= 1, or None for fixed subnets; "
-                f"got {self.period!r}"
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        if self.neuron_group < 1:
-            raise ValueError(f"neuron_group must be >= 1, got {self.neuron_group!r}")
+            number: Any = numbers.Real if kind is float else numbers.Integral
+            if not isinstance(value, number) or isinstance(value, bool) or not fits(value):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+            object.__setattr__(self, name, kind(value))  # a plain one: to_dict's values go to JSON
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(type(value) is type(a) and value == a for a in allowed):
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if self.share_inputs:
             raise ValueError("share_inputs=True is not implemented yet; use share_inputs=False")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.target_modules is not None and not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        patterns = self.target_modules
+        if patterns is not None and not isinstance(patterns, str):
+            names = tuple(patterns) if isinstance(patterns, Iterable) else ()
+            if not names or not all(isinstance(n, str) for n in names):
+                raise ValueError(
+                    "target_modules must be one string, or one or more names as a list of strings, "
+                    f"got {patterns!r}"
+                )
+            object.__setattr__(self, "target_modules", names)
 
     def n_in(self, in_features: int) -> int:
         """``|X_S|`` of a targeted linear with that many inputs."""
@@ -109,7 +108,21 @@ class LosiaConfig:
         return d
 
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+_Number = tuple[type[float] | type[int], Callable[[Any], bool], str]
+
+_NUMBERS: dict[str, _Number] = {
+    "rank_factor": (float, lambda v: 0 < v <= 1, "in (0, 1]"),
+    "in_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
+    "out_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
+    "output_factor": (float, lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "period": (int, lambda v: v >= 1, "a whole number of optimizer steps >= 1 or None"),
+    "beta1": (float, lambda v: 0 <= v < 1, "in [0, 1)"),
+    "beta2": (float, lambda v: 0 <= v < 1, "in [0, 1)"),
+    "neuron_group": (int, lambda v: v >= 1, "a whole number >= 1"),
+    "seed": (int, lambda v: 0 <= v < 2**64, "a whole number in [0, 2**64)"),
+}
+
+_CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "mode": ("pro", "dense"),
     "init": ("random", "calibrate"),
     "schedule": ("async", "sync"),
@@ -117,6 +130,9 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "importance": ("taylor", "first", "second"),
     "score": ("iu", "i", "u"),
     "impl": ("torch", "triton", "cuda", None),
+    "share_inputs": (False, True),
+    "rewarm": (False, True),
+    "train_bias": (False, True),
 }
 
 
