@@ -19,7 +19,7 @@ def localize(
     Exact maximisation is NP-hard (paper: *localization*). Three greedy answers are known: "rows" by their
     sums, then columns by the sums over those rows; "columns" first, then rows; "independent", both by the
     full sums. "best" takes the one that keeps most, the first of equals. Sums run in fp64, and among equal
-    sums the lowest index wins, so that the answer does not depend on the device.
+    sums the lowest index wins, so that the answer does not depend on the device or the memory layout.
 
     Args:
         score: ``(out, in)``, floating point, finite; meant to be non-negative.
@@ -51,7 +51,7 @@ def localize(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; use one of {STRATEGIES}")
 
-    score = score.double()
+    score = score.to(torch.float64, memory_format=torch.contiguous_format)
     group_out = group if n_out < score.shape[0] else 1
     group_in = group if n_in < score.shape[1] else 1
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+with suppress(ImportError):  # a GPU machine may run tests/gpu without it
+    from hypothesis import settings
+
+    # The first example of a test pays for torch's own warming up, and machines are shared.
+    settings.register_profile("untimed", parent=settings(), deadline=None)
+    settings.load_profile("untimed")
 
 GPU = Path(__file__).parent / "gpu"
 
