@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import subnet_size
 from .functional import GradientSink, subnet_linear
+from .guard import RecomputeGuard
 from .ops import compact_dtype
 
 
@@ -89,8 +91,7 @@ class SubnetLinear(nn.Linear):
         self.mode = "pro"
         self.impl: str | None = None
         self.profile: GradientSink | None = None
-        self._selection = 0  # how often the indices were set
-        self._forward_selection = 0  # its value at the last forward outside a backward
+        self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -111,7 +112,9 @@ class SubnetLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._check()
+            self._guard.check()
+            if self.subnet._version > self._written:
+                _warn_stale()
         if not (torch.is_grad_enabled() and self.subnet.requires_grad):
             return F.linear(input, self.weight, self.bias)
         return subnet_linear(
@@ -125,20 +128,6 @@ class SubnetLinear(nn.Linear):
             mode=self.mode,
             profile=self.profile,
         )
-
-    def _check(self) -> None:
-        """What autograd's version counters cannot see: indices that change before a recomputation
-        (activation checkpointing), and optimizer steps that never reach the dense weight."""
-        if torch._C._current_graph_task_id() == -1:
-            self._forward_selection = self._selection
-        elif self._forward_selection != self._selection:
-            raise RuntimeError(
-                "the subnet's indices changed between forward and backward; "
-                "call select() between optimizer steps only"
-            )
-        if self.subnet._version > self._written:
-            _warn_stale()
-            self._written = self.subnet._version
 
     @torch.no_grad()
     def select(self, out_idx: Tensor, in_idx: Tensor) -> None:
@@ -154,19 +143,13 @@ class SubnetLinear(nn.Linear):
         out_idx = _checked("out_idx", out_idx, self.out_idx, self.out_features)
         in_idx = _checked("in_idx", in_idx, self.in_idx, self.in_features)
         self.write_back()
-        old_out, old_in, old = (
-            self.out_idx.clone(),
-            self.in_idx.clone(),
-            self.subnet.detach().clone(),
-        )
+        rows, rows_stay = _positions(out_idx, self.out_idx)
+        columns, columns_stay = _positions(in_idx, self.in_idx)
+        exact = self.subnet[rows[:, None], columns]
         self.out_idx.copy_(out_idx)
         self.in_idx.copy_(in_idx)
-        self._selection += 1
-        new = self._block()
-        rows, rows_stay = _positions(out_idx, old_out)
-        columns, columns_stay = _positions(in_idx, old_in)
-        stay = rows_stay[:, None] & columns_stay
-        self.subnet.copy_(torch.where(stay, old[rows[:, None], columns], new))
+        self._guard.selected()
+        self.subnet.copy_(torch.where(rows_stay[:, None] & columns_stay, exact, self._block()))
         self._written = self.subnet._version
 
     @torch.no_grad()
@@ -195,6 +178,11 @@ class SubnetLinear(nn.Linear):
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard = RecomputeGuard()  # a copy has no forward yet
+        self._written = self.subnet._version
+
     def extra_repr(self) -> str:
         n_out, n_in = self.subnet.shape
         return f"{super().extra_repr()}, subnet={n_out}x{n_in}, mode={self.mode}"
@@ -220,13 +208,21 @@ class SubnetLinear(nn.Linear):
         self.adopt_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
-        """``.to(dtype)`` and the like convert the weight; the subnet keeps its exact compact values."""
-        exact = self.subnet.detach()
+        """``.to(dtype)``, ``.to_empty()`` and the like convert the weight; the subnet stays exactly what
+        and where it is, and follows to the weight's device."""
+        subnet, grad = self.subnet.detach(), self.subnet.grad
+        grad = None if grad is None else grad.detach()
+        out_idx, in_idx = self.out_idx, self.in_idx
         super()._apply(fn, recurse)
-        if self.subnet.is_meta or exact.is_meta:
-            return self
-        self.subnet.data = exact.to(self.weight.device, compact_dtype(self.weight.dtype))
-        self._written = self.subnet._version
+        device, dtype = self.weight.device, compact_dtype(self.weight.dtype)
+        if subnet.is_meta and device.type != "meta":
+            raise RuntimeError(
+                "a SubnetLinear on the meta device does not know where its subnet is; "
+                "load the weights into an nn.Linear, then convert it"
+            )
+        self.subnet.data = subnet.to(device, dtype)
+        self.subnet.grad = None if grad is None else grad.to(device, dtype)
+        self.out_idx, self.in_idx = out_idx.to(device), in_idx.to(device)
         if self.profile is not None:
             self.profile.follow()
         return self
@@ -237,7 +233,7 @@ def _sizes(
 ) -> tuple[int, int]:
     if not 0 < rank_factor <= 1:
         raise ValueError(f"rank_factor must be in (0, 1], got {rank_factor!r}")
-    if linear.weight.is_meta and type(linear) is not SubnetLinear:
+    if linear.weight.is_meta:
         raise ValueError("the linear is on the meta device; load its weights first")
     out, into = linear.out_features, linear.in_features
     n_out = subnet_size(out, rank_factor) if n_out is None else n_out
@@ -272,16 +268,11 @@ def _positions(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     return at, old[at] == new
 
 
-_stale_warned = False
-
-
+@functools.cache
 def _warn_stale() -> None:
-    global _stale_warned
-    if not _stale_warned:
-        _stale_warned = True
-        warnings.warn(
-            "a subnet was changed but not written into its dense weight, so the forward does not see it: "
-            "bind the optimizer with losia.bind(optimizer), or call write_back() after each step",
-            UserWarning,
-            stacklevel=4,
-        )
+    warnings.warn(
+        "a subnet was changed but not written into its dense weight, so the forward does not see it: "
+        "bind the optimizer with losia.bind(optimizer), or call write_back() after each step",
+        UserWarning,
+        stacklevel=5,
+    )

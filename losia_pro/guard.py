@@ -1,0 +1,52 @@
+"""Activation checkpointing must not recompute a forward on indices that have changed since."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch._C._autograd import _get_sequence_nr
+
+
+class RecomputeGuard:
+    """Raises where a layer is recomputed in a backward on other indices than its forward had.
+
+    What a forward saves, autograd's version counters watch over. Reentrant checkpointing saves nothing: it
+    calls the block without a graph, and again inside the block's node when that node's backward runs.
+    So the nodes are compared: each thread numbers the nodes it makes, and one that was made before the
+    indices were set belongs to a forward on the old ones.
+    """
+
+    def __init__(self) -> None:
+        self._selections = 0  # how often the indices were set
+        self._at_forward = 0  # that number at the last forward outside a backward
+        self._thread = 0  # the thread that set the indices last
+        self._next_node = 0  # and the number of the node it would make next; 0: nodes tell nothing
+
+    def selected(self) -> None:
+        """The indices have been set."""
+        self._selections += 1
+        self._thread, self._next_node = threading.get_ident(), _get_sequence_nr()
+
+    def check(self) -> None:
+        """The layer is called, in a forward or in a recomputation.
+
+        Raises:
+            RuntimeError: a recomputation, and the indices have been set since its forward.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self._at_forward = self._selections
+            if self._thread != threading.get_ident():
+                self._next_node = 0  # this forward's node will have a number of another thread
+            return
+        node = torch._C._current_autograd_node()
+        older = node is not None and node._sequence_nr() < self._next_node  # type: ignore[attr-defined]
+        if older or self._at_forward != self._selections:
+            raise RuntimeError(
+                "the subnet's indices changed between forward and backward; "
+                "call select() between optimizer steps only"
+            )
+        if not torch.is_grad_enabled():
+            self._next_node = (
+                0  # a checkpoint inside this one: its node is made in the backward's thread
+            )
