@@ -18,7 +18,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from .linear import SubnetLinear
 
 FORMAT = "losia-pro-delta"
 VERSION = "1"
+FORMS = ("blocks", "bitmap")
 
 Block = tuple[Tensor, Tensor]
 
@@ -55,9 +55,17 @@ def save(
     biases: Mapping[str, Tensor],
     header: Mapping[str, str],
 ) -> None:
-    """Write the touched entries of ``weights``, through a temporary file that is renamed when complete."""
+    """Write the touched entries of ``weights``; the file appears whole, or not at all.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
     from safetensors.torch import save_file
 
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
     tensors: dict[str, Tensor] = {}
     forms: dict[str, str] = {}
     for name, weight in weights.items():
@@ -65,54 +73,81 @@ def save(
         tensors.update({f"{name}.{key}": t for key, t in parts.items()})
     for name, bias in biases.items():
         tensors[f"{name}.bias"] = bias.detach().cpu().contiguous()
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "modules": json.dumps(forms),
-        **header,
-    }
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".tmp")
-    os.close(handle)
+    about = {"format": FORMAT, "version": VERSION, "modules": json.dumps(forms), **header}
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
+        complete = os.path.join(room, "delta")
+        save_file(tensors, complete, about)
+        _to_disk(complete)
+        os.replace(complete, path)
+    _to_disk(folder)
+
+
+def _to_disk(path: str) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        save_file(tensors, temporary, about)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Apply a delta to its base model, plain or attached, in place; returns the model.
 
     Raises:
-        ValueError: not a delta, a truncated file, modules or shapes that the model lacks, or weights that
+        FileNotFoundError: no such file.
+        ValueError: not a delta, a truncated or malformed one, modules that the model lacks, or weights that
             are not the base it was made from. Nothing has changed then.
     """
     header, tensors = read(path)
-    forms: dict[str, str] = json.loads(header["modules"])
-    modules = dict(model.named_modules())
-    linears: dict[str, Any] = {}
-    for name in forms:
-        if name not in modules or not hasattr(modules[name], "weight"):
-            raise ValueError(f"{path}: the delta is for a model with {name}, which this one lacks")
-        linears[name] = modules[name]
-    found = digest({n: m.weight for n, m in linears.items()})
-    if found != header["base"]:
-        raise ValueError(
-            f"{path}: the delta was made from other weights (base {header['base'][:12]}, this model "
-            f"{found[:12]}); load the base model that was fine-tuned, in the same dtype"
-        )
+    try:
+        forms = _forms(header)
+        linears = {name: _linear(model, name) for name in forms}
+        found = digest({name: linear.weight for name, linear in linears.items()})
+        if found != header.get("base"):
+            raise ValueError(
+                f"the delta was made from other weights (base {header.get('base', 'unknown')[:12]}, this "
+                f"model {found[:12]}); load the base model that was fine-tuned, in the same dtype"
+            )
+        known: set[str] = set()
+        for name, form in forms.items():
+            known |= _check(linears[name], form, name, tensors)
+        if extra := tensors.keys() - known:
+            raise ValueError(f"malformed delta: {min(extra)} belongs to none of its modules")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     with torch.no_grad():
         for name, form in forms.items():
-            _decode(linears[name].weight, form, name, tensors)
+            linear = linears[name]
+            _decode(linear.weight, form, name, tensors)
             if f"{name}.bias" in tensors:
-                linears[name].bias.copy_(tensors[f"{name}.bias"])
-            if isinstance(linears[name], SubnetLinear):
-                linears[name].adopt_weight()
+                linear.bias.copy_(tensors[f"{name}.bias"])
+            if isinstance(linear, SubnetLinear):
+                linear.adopt_weight()
     return model
+
+
+def _forms(header: Mapping[str, str]) -> dict[str, str]:
+    """The form of each module, by name, out of the header."""
+    try:
+        forms = json.loads(header.get("modules", ""))
+    except (ValueError, RecursionError):
+        forms = None
+    if not isinstance(forms, dict) or not forms or not all(f in FORMS for f in forms.values()):
+        raise ValueError("malformed delta: its header does not list modules and their forms")
+    return forms
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"the delta is for a model with the linear {name}, which this one lacks")
+    if linear.weight.is_meta:
+        raise ValueError(f"{name} is on the meta device; load the model's weights first")
+    return linear
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -161,16 +196,70 @@ def _encode(weight: Tensor, blocks: list[Block]) -> tuple[str, dict[str, Tensor]
     return "bitmap", {"mask": packed, "values": weight[mask.to(weight.device)].cpu()}
 
 
+def _unpack(packed: Tensor) -> Tensor:
+    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
+
+
+def _check(linear: nn.Linear, form: str, name: str, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of one module's tensors; a ValueError if one is missing or does not fit the module."""
+    known: set[str] = set()
+    weight = linear.weight
+
+    def take(part: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+        key = f"{name}.{part}"
+        if key not in tensors:
+            raise ValueError(f"malformed delta: {key} is missing")
+        t = tensors[key]
+        fits = t.dim() == len(shape) and all(
+            n in (None, m) for n, m in zip(shape, t.shape, strict=True)
+        )
+        if t.dtype != dtype or not fits:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(
+                f"malformed delta: {key} is {t.dtype} {tuple(t.shape)}, not {dtype} ({wanted})"
+            )
+        known.add(key)
+        return t
+
+    def take_indices(part: str, size: int) -> int:
+        idx = take(part, torch.int64, None)
+        ordered = bool((idx[1:] > idx[:-1]).all())
+        if not (len(idx) and ordered and int(idx[0]) >= 0 and int(idx[-1]) < size):
+            raise ValueError(
+                f"malformed delta: {name}.{part} is not of ascending indices below {size}"
+            )
+        return len(idx)
+
+    if form == "bitmap":
+        bits = _unpack(take("mask", torch.uint8, -(-weight.numel() // 8)))
+        if bool(bits[weight.numel() :].any()):
+            raise ValueError(f"malformed delta: {name}.mask marks entries beyond the last")
+        take("values", weight.dtype, int(bits.sum()))
+    else:
+        k = 0
+        while k == 0 or any(f"{name}.{p}.{k}" in tensors for p in ("out_idx", "in_idx", "values")):
+            n_out = take_indices(f"out_idx.{k}", weight.shape[0])
+            n_in = take_indices(f"in_idx.{k}", weight.shape[1])
+            take(f"values.{k}", weight.dtype, n_out, n_in)
+            k += 1
+    if f"{name}.bias" in tensors:
+        if linear.bias is None:
+            raise ValueError(f"the delta holds a bias of {name}, which has none in this model")
+        take("bias", linear.bias.dtype, *linear.bias.shape)
+    return known
+
+
 def _decode(weight: Tensor, form: str, name: str, tensors: Mapping[str, Tensor]) -> None:
     if form == "bitmap":
-        shifts = torch.arange(8, dtype=torch.uint8)
-        bits = (tensors[f"{name}.mask"][:, None] >> shifts & 1).bool().flatten()
+        bits = _unpack(tensors[f"{name}.mask"])
         mask = bits[: weight.numel()].view(weight.shape).to(weight.device)
-        weight[mask] = tensors[f"{name}.values"].to(weight)
+        weight[mask] = tensors[f"{name}.values"].to(weight.device)
         return
     k = 0
     while f"{name}.out_idx.{k}" in tensors:
-        rows, columns = tensors[f"{name}.out_idx.{k}"], tensors[f"{name}.in_idx.{k}"]
-        values = tensors[f"{name}.values.{k}"].to(weight)
-        weight.index_put_((rows.to(weight.device)[:, None], columns.to(weight.device)), values)
+        rows, columns, values = (
+            tensors[f"{name}.{part}.{k}"].to(weight.device)
+            for part in ("out_idx", "in_idx", "values")
+        )
+        weight[rows[:, None], columns] = values
         k += 1
