@@ -34,7 +34,7 @@ class LosiaConfig:
         score: "iu" importance times uncertainty (the paper), "i" or "u" either alone.
         beta1, beta2: smoothing of importance and of uncertainty, in [0, 1).
         rewarm: rewarm the learning rate of a moved group.
-        neuron_group: choose neurons in aligned runs of this many.
+        neuron_group: choose neurons in aligned runs of this many; sizes are rounded down to whole runs.
         share_inputs: one ``X_S`` for linears that read the same input.
         train_bias: also train the biases of the targeted linears, in full and in their own dtype.
         impl: "torch", "triton", "cuda", or None for the best available on each device.

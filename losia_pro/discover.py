@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .config import LosiaConfig, subnet_size
 from .linear import SubnetLinear
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,16 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     may read its weight in ways that a replacement would not see.
 
     Raises:
-        ValueError: nothing found, a pattern that matches nothing, an attached model, no output head.
+        ValueError: nothing found, a pattern that matches nothing, an attached model, no output head, a
+            model that is a linear itself.
     """
     if any(isinstance(m, SubnetLinear) for m in model.modules()):
         raise ValueError("the model is attached already; call detach() on its Losia first")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a linear, which cannot be swapped in place; use "
+            "SubnetLinear.from_linear, or put it into an nn.Sequential"
+        )
     linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
     if not linears:
         raise ValueError(f"{type(model).__name__} holds no nn.Linear to adapt")
@@ -62,6 +71,11 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     groups = inside + outside
     if trained_head is not None:
         groups.append([trained_head])
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} holds no nn.Linear besides its output head {head}; train that with "
+            "output_factor"
+        )
     return Targets(groups, trained_head)
 
 
@@ -108,23 +122,30 @@ def _match(
     patterns = config.target_modules
     if patterns is None:
         inside = [n for n in linears if any(n.startswith(b + ".") for b in blocks)]
-        return inside if blocks else linears
+        return inside if blocks else [n for n in linears if n != head]
     if patterns == "all-linear":
         return [n for n in linears if n != head]
-    modules = dict(model.named_modules())
+    # A shared module has several names, all of which may be asked for; it goes by its first.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(m): n for n, m in reversed(modules.items())}
     if isinstance(patterns, str):
-        matched = {patterns: [n for n in modules if re.fullmatch(patterns, n)]}
+        try:
+            matched = {patterns: [n for n in modules if re.fullmatch(patterns, n)]}
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: {patterns!r} is not a regular expression ({error}); names go into a list"
+            ) from error
     else:
         matched = {p: [n for n in modules if n == p or n.endswith("." + p)] for p in patterns}
     for pattern, names in matched.items():
-        if not any(n in linears for n in names):
+        if not any(first[id(modules[n])] in linears for n in names):
             found = sorted({type(modules[n]).__name__ for n in names})
             raise ValueError(
                 f"target_modules: {pattern!r} matches "
                 + (f"no nn.Linear, only {', '.join(found)}" if found else "no module")
                 + f"; linears are e.g. {', '.join(linears[:8])}"
             )
-    wanted = {n for names in matched.values() for n in names}
+    wanted = {first[id(modules[n])] for names in matched.values() for n in names}
     return [n for n in linears if n in wanted]
 
 
@@ -162,14 +183,18 @@ def check_weights(linears: dict[str, nn.Module]) -> None:
     owners: dict[int, str] = {}
     for name, linear in linears.items():
         weight = linear.weight
-        assert isinstance(weight, Tensor)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name} computes its weight from other parameters (weight_norm, pruning); make it a plain "
+                "one, or leave the layer out with target_modules"
+            )
         if weight.is_meta:
             raise ValueError(
                 f"{name} is on the meta device; load the model's weights before attach()"
             )
-        if not weight.is_floating_point():
+        if weight.dtype not in DTYPES:
             raise ValueError(
-                f"{name} has {weight.dtype} weights; only floating-point ones can be tuned"
+                f"{name} has {weight.dtype} weights; only those of fp16, bf16, fp32 or fp64 can be tuned"
             )
         if id(weight) in owners:
             raise ValueError(

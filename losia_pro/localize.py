@@ -25,8 +25,8 @@ def localize(
         score: ``(out, in)``, floating point, finite; meant to be non-negative.
         n_out, n_in: how many rows and columns, ``1 <= n_out <= out``, ``1 <= n_in <= in``.
         group: neurons are chosen in aligned runs ``[k group, (k + 1) group)``, by the sum of their scores;
-            ``n_out``, ``n_in`` and both sides of ``score`` must be multiples of it. A side that is wanted
-            whole is exempt.
+            ``n_out`` and ``n_in`` must be multiples of it, and neurons that do not fill a last run are
+            never chosen. A side that is wanted whole is exempt.
 
     Returns:
         ``(out_idx, in_idx)``: sorted int64 indices on ``score``'s device.
@@ -46,7 +46,7 @@ def localize(
     ):
         if not 1 <= n <= size:
             raise ValueError(f"{what} must be between 1 and {size}, got {n}")
-        if n < size and (n % group or size % group):
+        if n < size and n % group:
             raise ValueError(f"{what} = {n} of {size} is not a multiple of group = {group}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; use one of {STRATEGIES}")
@@ -81,8 +81,8 @@ def localize(
 
 def _top(sums: Tensor, n: int, group: int) -> Tensor:
     """Sorted indices of the ``n`` largest of ``sums``, chosen in aligned runs of ``group``."""
-    chosen = sums.view(-1, group).sum(1).sort(descending=True, stable=True).indices[: n // group]
-    chosen = chosen.sort().values
+    runs = sums[: len(sums) - len(sums) % group].view(-1, group).sum(1)
+    chosen = runs.sort(descending=True, stable=True).indices[: n // group].sort().values
     if group == 1:
         return chosen
     return (chosen[:, None] * group + torch.arange(group, device=sums.device)).flatten()

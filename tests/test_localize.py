@@ -15,7 +15,7 @@ STRATEGIES = ("rows", "columns", "independent")
 
 
 def heaviest(sums: list[int], n: int, group: int) -> list[int]:
-    """Of all ways to take ``n`` lines in aligned runs, the one of largest sum; the first such in
+    """Of all ways to take ``n`` lines in aligned and whole runs, the one of largest sum; the first such in
     lexicographic order."""
     if n == len(sums):
         return list(range(n))
@@ -52,7 +52,7 @@ def as_lists(answer):
 def cases(draw, group=1, largest=3):
     """A small matrix of integers, most of them equal to others, and sizes that fit the group."""
     runs = 6 if group == 1 else 4
-    out, into = (draw(st.integers(1, runs)) * group for _ in "oi")
+    out, into = (draw(st.integers(group, runs * group)) for _ in "oi")
     n_out, n_in = (draw(st.integers(1, size // group)) * group for size in (out, into))
     row = st.lists(st.integers(0, largest), min_size=into, max_size=into)
     return draw(st.lists(row, min_size=out, max_size=out)), n_out, n_in
@@ -91,6 +91,13 @@ def test_groups_of_neurons_equal_brute_force_over_aligned_runs(case):
     for strategy in (*STRATEGIES, "best"):
         expected = brute_force(score, n_out, n_in, strategy, group)
         assert as_lists(localize(matrix, n_out, n_in, strategy, group)) == expected
+
+
+def test_neurons_that_fill_no_run_are_never_chosen():
+    score = torch.zeros(7, 8)
+    score[6], score[:, 5] = 9, 1
+    assert as_lists(localize(score, 3, 3, group=3)) == ([0, 1, 2], [3, 4, 5])
+    assert as_lists(localize(score, 1, 1)) == ([6], [0])
 
 
 WHOLE = {"rows": (5, 8, 5, 4, 4), "columns": (8, 7, 4, 7, 2), "both": (5, 7, 5, 7, 3)}
@@ -205,7 +212,7 @@ BAD = {
     "group 0": ((torch.ones(4, 4), 2, 2, "best", 0), "group must be >= 1, got 0"),
     "rows off group": ((torch.ones(4, 4), 3, 2, "best", 2), "n_out = 3 of 4 is not a multiple of group = 2"),
     "columns off group": ((torch.ones(4, 6), 2, 3, "best", 2), "n_in = 3 of 6 is not a multiple"),
-    "score off group": ((torch.ones(5, 4), 2, 2, "best", 2), "n_out = 2 of 5 is not a multiple"),
+    "off group and odd": ((torch.ones(5, 4), 3, 2, "best", 2), "n_out = 3 of 5 is not a multiple"),
 }  # fmt: skip
 
 
