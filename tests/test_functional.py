@@ -14,6 +14,8 @@ from torch import Tensor
 
 from losia_pro import subnet_linear
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDE = torch.float64
 
