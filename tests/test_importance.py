@@ -1,5 +1,5 @@
 """Importance is a function of each optimizer step's whole gradient: not of how a batch was split, of what
-was thrown away, of loss scaling or of clipping. And clipping and schedulers see ordinary parameters."""
+was thrown away, or of loss scaling."""
 
 from __future__ import annotations
 
@@ -8,34 +8,12 @@ import copy
 import pytest
 import torch
 import toys
+from bound import LR, attached, backward, profiles
 from torch import nn
 
 import losia_pro
 from losia_pro import LosiaConfig, reference
 from losia_pro.profile import Profile
-
-LR = 1e-2
-
-
-def attached(config=None, dtype=torch.float64, model=None, optimizer=None, scaler=None):
-    model = model or toys.stack(dtype)
-    losia = losia_pro.attach(model, config or LosiaConfig(rank_factor=1 / 4, period=4))
-    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=LR))
-    optimizer = make(losia.parameters())
-    losia.bind(optimizer, scaler=scaler)
-    return model, losia, optimizer
-
-
-def profiles(losia) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        n: (m.profile.importance.clone(), m.profile.uncertainty.clone())
-        for n, m in losia.modules.items()
-        if m.profile is not None
-    }
-
-
-def backward(model, batch, scale=1.0):
-    (toys.loss_of(model, batch) * scale).backward()
 
 
 def test_only_the_slots_group_is_profiled():
@@ -220,76 +198,6 @@ def test_a_step_that_overflows_is_no_step(fused):
     toys.equal_bits(toys.weights(interrupted), toys.weights(plain))
 
 
-def test_clipping_clips_the_compact_norm_and_leaves_importance():
-    batch = toys.batches(1, dtype=torch.float64)[0]
-
-    def step(limit):
-        model, losia, optimizer = attached(optimizer=lambda p: torch.optim.SGD(p, lr=LR))
-        optimizer.zero_grad()
-        backward(model, batch)
-        before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
-        norm = None
-        if limit is not None:
-            norm = nn.utils.clip_grad_norm_(losia.parameters(), limit)
-        optimizer.step()
-        moved = [m.subnet.detach() - before[n] for n, m in losia.modules.items()]
-        return losia, norm, float(torch.cat([d.flatten() for d in moved]).norm())
-
-    plain_model = toys.stack(torch.float64)
-    backward(plain_model, batch)
-    free, _, _ = step(None)
-    slices = [
-        plain_model.get_submodule(n).weight.grad[m.out_idx][:, m.in_idx].flatten()
-        for n, m in free.modules.items()
-    ]
-    compact_norm = float(torch.cat(slices).norm())
-    clipped, norm, moved = step(compact_norm / 10)
-    assert float(norm) == pytest.approx(compact_norm, rel=1e-12)
-    # clip_grad_norm_ divides by norm + 1e-6
-    assert moved == pytest.approx(LR * compact_norm / 10, rel=2e-6 / compact_norm)
-    toys.equal_bits(profiles(clipped), profiles(free))
-
-
-SCHEDULES = {
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=1e-3),
-    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
-        o, 0.1, total_steps=30, cycle_momentum=False
-    ),
-    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, (t + 1) / 7)),
-}
-
-
-@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_a_schedulers_rates_are_those_any_parameter_gets(make):
-    """Through moves and rewarming, for two groups of different rates; and the steps really use them."""
-    model = toys.stack(torch.float64)
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=3, rewarm=False))
-    ps = losia.parameters()
-    groups = [{"params": ps[:2], "lr": LR}, {"params": ps[2:], "lr": 3 * LR}]
-    optimizer = torch.optim.SGD(groups, lr=LR)
-    losia.bind(optimizer)
-    ordinary = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    other = torch.optim.SGD(
-        [{"params": [ordinary[0]], "lr": LR}, {"params": [ordinary[1]], "lr": 3 * LR}], lr=LR
-    )
-    schedule, expected = make(optimizer), make(other)
-    for batch in toys.batches(24, dtype=torch.float64):
-        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in other.param_groups]
-        optimizer.zero_grad()
-        backward(model, batch)
-        rates = [other.param_groups[0]["lr"]] * 2 + [other.param_groups[1]["lr"]] * (len(ps) - 2)
-        aims = [p.detach() - lr * p.grad for p, lr in zip(ps, rates, strict=True)]
-        moved = losia.schedule.reselected(losia.step)
-        optimizer.step()
-        for i, (p, aim) in enumerate(zip(ps, aims, strict=True)):
-            if not moved or list(losia.modules)[i] not in losia.groups[moved[0]]:
-                torch.testing.assert_close(p.detach(), aim, rtol=1e-14, atol=1e-15)
-        other.step()
-        schedule.step()
-        expected.step()
-    assert losia.history
-
-
 def test_a_group_that_no_gradient_reaches_keeps_its_subnet_and_state():
     class TwoTowers(nn.Module):
         def __init__(self):
@@ -333,81 +241,6 @@ def test_a_step_without_gradient_decays_importance():
     for n, (importance, uncertainty) in profiles(losia).items():
         torch.testing.assert_close(importance, 0.85 * first[n][0])
         torch.testing.assert_close(uncertainty, 0.85 * first[n][1] + 0.15 * importance)
-
-
-def test_calibrated_start_takes_the_importance_of_the_batches():
-    """The oracle accumulates dense gradients at the untouched weights and chooses by the same equations."""
-    config = LosiaConfig(rank_factor=1 / 4, period=3, init="calibrate", output_factor=1 / 2)
-    data = toys.batches(4, dtype=torch.float64)
-    plain, model = toys.stack(torch.float64), toys.stack(torch.float64)
-    losia = losia_pro.attach(model, config)
-    losia.calibrate(data, toys.loss_of)
-    toys.equal_bits(model.state_dict(), plain.state_dict())
-    for n, m in losia.modules.items():
-        w = plain.get_submodule(n).weight
-        smooth = uncertain = torch.zeros_like(w)
-        for batch in data:
-            plain.zero_grad()
-            backward(plain, batch)
-            now = reference.importance(w.grad, w.detach())
-            smooth = reference.smooth(smooth, now)
-            uncertain = reference.uncertainty(uncertain, now, smooth)
-        score = reference.score(smooth, uncertain)
-        rows, columns = reference.select_best(score, *m.subnet.shape)
-        assert toys.indices(losia)[n] == (rows.tolist(), columns.tolist()), n
-        assert torch.equal(m.subnet, m.weight[rows][:, columns])
-    assert [(r.step, r.name) for r in losia.history] == [(0, n) for n in losia.modules]
-    assert not profiles(losia) and all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_calibrating_some_groups_at_a_time_gives_the_same_start(at_once):
-    def start(**how):
-        losia = losia_pro.attach(
-            toys.stack(torch.float64), LosiaConfig(rank_factor=1 / 4, init="calibrate")
-        )
-        losia.calibrate(toys.batches(3, dtype=torch.float64), toys.loss_of, **how)
-        return toys.indices(losia)
-
-    assert start(groups_at_once=at_once) == start()
-
-
-def test_calibration_comes_before_binding_and_training():
-    model = toys.stack()
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, init="calibrate"))
-    optimizer = torch.optim.SGD(losia.parameters(), lr=LR)
-    before = toys.snapshot(model)
-    with pytest.raises(ValueError, match="calibrate"):
-        losia.bind(optimizer)
-    with pytest.raises(ValueError, match="at least one batch"):
-        losia.calibrate([])
-    assert not optimizer._optimizer_step_post_hooks
-    toys.assert_same(before, toys.snapshot(model))
-    losia.calibrate(toys.batches(1), toys.loss_of)
-    losia.bind(optimizer)
-    list(toys.train(model, optimizer, toys.batches(1)))
-    with pytest.raises(RuntimeError, match="before training"):
-        losia.calibrate(toys.batches(1), toys.loss_of)
-
-
-def test_calibrating_a_bound_random_start_leaves_the_first_slots_importance_clean():
-    """Importance of the first slot counts from the first step, not from calibration."""
-    model, losia, _ = attached()
-    losia.calibrate(toys.batches(2, dtype=torch.float64), toys.loss_of)
-    assert sorted(profiles(losia)) == sorted(losia.groups[0])
-    for importance, uncertainty in profiles(losia).values():
-        assert not importance.any() and not uncertainty.any()
-
-
-def test_a_failing_calibration_leaves_no_importance_behind():
-    model = toys.stack()
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4))
-    start = toys.indices(losia)
-    good = toys.batches(1)[0]
-    with pytest.raises(ValueError, match="x must be"):
-        losia.calibrate([good, (good[0][:, :-1], good[1])], toys.loss_of)
-    assert toys.indices(losia) == start and not losia.history
-    assert not profiles(losia) and all(p.grad is None for p in model.parameters())
 
 
 def test_profile_follows_the_model_to_another_dtype_in_mid_slot():

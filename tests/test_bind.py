@@ -1,0 +1,103 @@
+"""Binding an optimizer: what cannot be bound is refused and changes nothing, and what was forgotten is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from bound import attached, hooks
+
+import losia_pro
+from losia_pro import LosiaConfig
+
+TESTS = Path(__file__).parent
+
+
+def bound():
+    return attached(LosiaConfig(rank_factor=1 / 4, period=2), torch.float32)[1:]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+BAD_OPTIMIZERS = {
+    "nothing": (lambda losia: None, TypeError, "bind takes a torch.optim.Optimizer, got NoneType"),
+    "parameters": (lambda losia: losia.parameters(), TypeError, "got list"),
+    "scheduler": (
+        lambda losia: torch.optim.lr_scheduler.ConstantLR(sgd(losia.parameters())),
+        TypeError, "got ConstantLR",
+    ),
+    "lbfgs": (lambda losia: torch.optim.LBFGS(losia.parameters()), ValueError, "LBFGS keeps one flat history"),
+    "one subnet short": (
+        lambda losia: sgd(losia.parameters()[:-1]), ValueError,
+        "lacks 1 of 6 subnets, e.g. layers.2.down; create it with losia.parameters",
+    ),
+    "the dense weights": (
+        lambda losia: sgd([m.weight for m in losia.modules.values()]), ValueError, "lacks 6 of 6 subnets",
+    ),
+    "another model's": (lambda losia: sgd(losia_pro.attach(toys.stack()).parameters()), ValueError, "lacks 6 of 6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["unbound", "bound"])
+@pytest.mark.parametrize(
+    ("make", "error", "message"), BAD_OPTIMIZERS.values(), ids=BAD_OPTIMIZERS.keys()
+)
+def test_an_optimizer_that_cannot_be_bound_changes_nothing(make, error, message, before):
+    """Also not the optimizer that was bound before: training goes on with it."""
+    losia, good = bound()
+    if before == "unbound":
+        losia = losia_pro.attach(toys.stack(), LosiaConfig(rank_factor=1 / 4, period=2))
+    bad = make(losia)
+    untouched = toys.snapshot(losia.model)
+    with pytest.raises(error, match=message):
+        losia.bind(bad)
+    toys.assert_same(untouched, toys.snapshot(losia.model))
+    if isinstance(bad, torch.optim.Optimizer):
+        assert hooks(bad) == 0
+    if before == "bound":
+        assert hooks(good) == 2
+        list(toys.train(losia.model, good, toys.batches(2)))
+        assert losia.step == 2 and len(losia.history) == 2
+
+
+def test_binding_another_optimizer_releases_the_last():
+    losia, first = bound()
+    second = sgd(losia.parameters())
+    losia.bind(second)
+    assert (hooks(first), hooks(second)) == (0, 2)
+    losia.bind(second)
+    assert hooks(second) == 2
+    list(toys.train(losia.model, second, toys.batches(2)))
+    assert losia.step == 2
+
+
+UNBOUND = """
+import sys, warnings
+import torch, toys, losia_pro
+warnings.simplefilter("always")
+losia = losia_pro.attach(toys.stack())
+optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
+if "bind" in sys.argv:
+    losia.bind(optimizer)
+with warnings.catch_warnings(record=True) as caught:
+    list(toys.train(losia.model, optimizer, toys.batches(4)))
+print([str(w.message) for w in caught])
+"""
+
+
+@pytest.mark.parametrize("bind", [True, False], ids=["bound", "unbound"])
+def test_stepping_an_unbound_model_warns_once(bind):
+    """In a process of its own: "once" is once a process."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNBOUND, *(["bind"] if bind else [])],
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"},
+        text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("bind the optimizer with losia.bind(optimizer)") == (0 if bind else 1)
