@@ -79,7 +79,7 @@ def subnet_linear(
         raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch_ops.autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
 
     wants_subnet = subnet.requires_grad and torch.is_grad_enabled()

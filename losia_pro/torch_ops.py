@@ -70,7 +70,7 @@ def write_back_(
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a^T b`` accumulated and returned in ``dtype`` or better, never rounded to less on the way
     (not by an autocast region around the backward either)."""
-    if torch.is_autocast_enabled(a.device.type):
+    if autocasts(a.device):
         with torch.autocast(a.device.type, enabled=False):
             return product(a, b, dtype)
     if a.dtype == b.dtype == dtype:
@@ -79,3 +79,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(a.T, b, out_dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return (a.to(wide).T @ b.to(wide)).to(dtype)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether an autocast region is in force for ``device``; the meta device, for one, has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
