@@ -82,8 +82,8 @@ def subnet_linear(
     if torch_ops.autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
 
-    wants_subnet = subnet.requires_grad and torch.is_grad_enabled()
-    wants_weight = weight.requires_grad and torch.is_grad_enabled()
+    wants_subnet = torch.is_grad_enabled() and _wants_grad(subnet)
+    wants_weight = torch.is_grad_enabled() and _wants_grad(weight)
     if not (wants_subnet or wants_weight or profile is not None):
         return F.linear(x, weight, bias)
 
@@ -97,10 +97,19 @@ def subnet_linear(
         x_whole = flat
     early = None
     if (hooks := _saved_tensors_hooks()) is not None:
-        kept = weight if x.requires_grad else None
+        kept = weight if _wants_grad(x) else None
         early = _SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
     inputs = (x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early)
     return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
+
+
+def _wants_grad(t: Tensor) -> bool:
+    """Whether ``t`` requires grad, at whatever level of ``torch.func``'s transforms: inside a ``vmap``,
+    a tensor does not say that what it wraps does."""
+    if not torch.compiler.is_compiling():
+        while not t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+    return t.requires_grad
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -127,7 +136,7 @@ class _SubnetLinear(torch.autograd.Function):
         x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early = inputs
         ctx.early = early
         if early is None:
-            kept_weight = weight if x.requires_grad else None
+            kept_weight = weight if _wants_grad(x) else None
             ctx.save_for_backward(kept_weight, out_idx, in_idx, x_sub, x_whole)
         ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -115,7 +115,7 @@ class SubnetLinear(nn.Linear):
             self._guard.check()
             if self.subnet._version > self._written:
                 _warn_stale()
-        if not (torch.is_grad_enabled() and self.subnet.requires_grad):
+        if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         return subnet_linear(
             input,
