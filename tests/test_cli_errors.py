@@ -48,7 +48,7 @@ def bad_flag(capsys, *flags) -> str:
         (("--target-modules", "q_proj,nope"), "'nope' matches no module"),
         (("--method", "lora", "--target-modules", "nope"), "'nope' matches no module"),
         (("--steps", 3, "--epochs", 1), "--steps or --epochs, not both"),
-        (("--eval-split", "nope"), "no file or folder, and not a readable dataset|no such split"),
+        (("--eval-split", "nope"), "data: split 'nope' cannot be read"),
         (("--resume",), "give --resume DIR"),
         (("--resume", "no/such"), "there is no run in that folder"),
     ],
@@ -85,7 +85,7 @@ def test_model_and_data_come_together(base, capsys):
     assert "--data needs --model too" in refused(capsys, *base[2:])
 
 
-def test_without_a_checkout_the_embedded_job_says_what_would_do(tmp_path, capsys, monkeypatch):
+def test_without_a_checkout_the_example_says_what_would_do(tmp_path, capsys, monkeypatch):
     import losia_pro
 
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,11 @@ def test_the_data_is_read_before_the_model(base, tmp_path, capsys, monkeypatch):
 
 def test_a_model_that_cannot_be_read_is_named(base, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for model in (tmp_path / "empty", tmp_path / "no-such"):
+    (tmp_path / "file").touch()
+    assert "a file; a model is a folder" in refused(
+        capsys, "--model", tmp_path / "file", *base[2:], "--output", tmp_path / "r"
+    )
+    for model in (tmp_path / "empty", tmp_path / "no-such", "./no-such", "~/no-such"):
         assert f"--model {model}" in refused(
             capsys, "--model", model, *base[2:], "--output", tmp_path / "r"
         )

@@ -1,24 +1,24 @@
-"""The command line's parts: scores, memory, precision, progress, the output folder, pictures."""
+"""The command line's parts: scores, memory, precision, signals, the output folder."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
+import os
 
 import pytest
 import torch
 from cli_tools import PAIRS, make_model, make_tokenizer
 from rich.console import Console
 
-from losia_pro.cli import job, memory, options, plots, values
+from losia_pro.cli import job, memory, options, values
 from losia_pro.cli.batches import Collate
 from losia_pro.cli.data import Data, Record
 from losia_pro.cli.encode import IGNORE, encode
 from losia_pro.cli.errors import CliError
 from losia_pro.cli.evaluate import evaluate
 from losia_pro.cli.interrupt import interruptible
-from losia_pro.cli.progress import training_progress
 from losia_pro.cli.rundir import RunFolder
 
 
@@ -170,29 +170,6 @@ def test_paths_of_the_record_hold_from_any_folder(tmp_path, monkeypatch):
     assert resolved.data == str(tmp_path / "d.jsonl") and resolved.model == "some/hub-id"
 
 
-# --- progress --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_loss_rate_and_memory(terminal):
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=160)
-    with training_progress(console, "lora", 10) as progress:
-        progress.step(4, 1.2345, 1e-3, 5600.0, 812e6)
-        progress.evaluated(5, 2.5)
-    for text in (
-        "lora",
-        "5/10",
-        "loss 1.23",
-        "held-out 2.500",
-        "1.0e-03",
-        "5.6 k tokens/s",
-        "812 MB",
-    ):
-        assert text in out.getvalue()
-    assert ("\x1b" in out.getvalue()) == terminal
-
-
 def test_signals_are_left_alone_outside_the_main_thread():
     import signal
     import threading
@@ -241,17 +218,34 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert folder.last_checkpoint("lora") is None and folder.checkpoints("full").exists()
 
 
+def test_what_is_written_can_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = RunFolder(tmp_path, {})
+        for name in ("delta.safetensors", "merged/model.safetensors"):
+            with folder.writing(name.split("/")[0]) as path:
+                file = path.parent / name
+                file.parent.mkdir(exist_ok=True)
+                file.touch(0o600)  # as safetensors does
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("output", [None, "a/b"])
+def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(CliError, match=f"cannot be written, because {tmp_path} cannot"):
+        RunFolder.choose(output, "name", False)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": "complete"}'])
 def test_only_an_interrupted_run_can_be_resumed(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(CliError, match="there is no run|that run is complete"):
         RunFolder.open(tmp_path)
-
-
-def test_a_picture_of_fixed_subnets_says_that_none_moved(tmp_path):
-    record = {"reselections": [], "groups": ["a", "b"], "subnet_method": "losia-pro", "steps": 5}
-    plots.subnets(record, tmp_path / "s.png")
-    assert (tmp_path / "s.png").stat().st_size > 5000
 
 
 def test_differing_flags_are_told_apart_from_equal_ones():

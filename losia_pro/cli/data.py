@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import hub
 from .errors import CliError
 
 KINDS = {"pairs": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000  # where the data names no held-out part
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval")
+ONE_A_LINE = "the file must hold one JSON object a line"
 SEED = 0  # of the held-out choice; not the run's, so that runs of different seeds are comparable
 
 
@@ -63,6 +66,10 @@ def load(
     Raises:
         CliError: with file and line, for anything that cannot be read as one kind of data.
     """
+    for name in (source, eval_source):
+        if name is not None and hub.is_on_the_hub(name):
+            _datasets()  # else there is nothing to look with
+            hub.announce("dataset", name)
     kind, train = _read(source, split, None)
     share = _share(eval_split)
     held_out = None
@@ -114,12 +121,17 @@ def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]
         file = _split_file(path, split)
         rows = _json_lines(file) if file else _dataset(source, split)
     elif path.exists():
+        if path.suffix.lower() in TABLES:
+            raise CliError(
+                f"{path}: a table, which is no text to train on; write its rows as JSONL, or put it into a "
+                "folder of its own and give the folder, which the package datasets reads"
+            )
         if path.suffix.lower() not in JSON_LINES:
             if kind not in (None, "document"):
                 raise CliError(f"{path}: a text file, but the training data is {kind}")
             return "document", [Record(str(path), _text(path))]
         rows = _json_lines(path)
-    elif path.suffix or path.is_absolute() or source.startswith((".", "~")):
+    elif hub.is_a_path(source):
         raise CliError(f"{source}: no such file or folder")
     else:
         rows = _dataset(source, split)
@@ -179,8 +191,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
             raise CliError(
-                f"{where}: not a JSON object ({error.msg} at column {error.colno}); "
-                "the file must hold one JSON object a line"
+                f"{where}: not a JSON object ({error.msg} at column {error.colno}); {ONE_A_LINE}"
             ) from error
 
 
@@ -202,6 +213,7 @@ def _is_saved(source: str) -> bool:
 def _dataset(source: str, split: str) -> Iterable[tuple[str, Any]]:
     datasets = _datasets()
     name = os.path.expanduser(source)
+    here = os.path.isdir(name)
     try:
         if _is_saved(name):
             loaded = datasets.load_from_disk(name)
@@ -210,13 +222,16 @@ def _dataset(source: str, split: str) -> Iterable[tuple[str, Any]]:
                     raise CliError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
                 loaded = loaded[split]
         else:
-            loaded = datasets.load_dataset(name, split=split)
+            with hub.quiet():
+                loaded = datasets.load_dataset(name, split=split)
     except CliError:
         raise
     except Exception as error:  # whatever a builder, a server or the file system may raise
         why = str(error).strip().split("\n")[0]
+        if here:
+            raise CliError(f"{source}: split {split!r} cannot be read ({why})") from error
         raise CliError(
-            f"{source}: no file or folder, and not a readable dataset ({why})"
+            f"{source}: no file or folder here, and not a readable dataset on the hub ({why})"
         ) from error
     return ((f"{source}[{split}] row {i}", row) for i, row in enumerate(loaded))
 
@@ -242,7 +257,9 @@ def _say(kind: str) -> str:
 
 def _kind(row: Any, where: str) -> str:
     if not isinstance(row, dict):
-        raise CliError(f"{where}: {type(row).__name__} where a JSON object is expected")
+        raise CliError(
+            f"{where}: {type(row).__name__} where a JSON object is expected; {ONE_A_LINE}"
+        )
     for kind, fields in KINDS.items():
         if all(field in row for field in fields):
             return kind

@@ -77,7 +77,8 @@ def encode(data: Data, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    # Not verbose: it would warn of texts that are longer than the model reads, which are cut anyway.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _end(tokenizer: Any) -> list[int]:
@@ -117,7 +118,9 @@ def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     except Exception as error:  # the template's own refusal, e.g. of a role or of an order of roles
         raise CliError(f"{record.where}: the chat template refuses it ({error})") from error
     if tokenizer.is_fast:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids, labels = list(encoding["input_ids"]), []
         for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True):
             trained = start < end and any(a <= start < b for a, b in spans)

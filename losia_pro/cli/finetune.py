@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options as flags
+from . import options as settings
 from .errors import CliError
+from .flags import add_arguments
 from .rundir import RunFolder
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from .job import Job
     from .methods import Tuned
 
-add_arguments = flags.add_arguments
+__all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         folder = _reopen(given, resume)
         options = argparse.Namespace(**folder.record["arguments"])
     else:
-        options = flags.resolve(given)
+        options = settings.resolve(given)
         name = f"{Path(options.data).stem}-{options.method}"
         folder = RunFolder.choose(options.output, name, options.overwrite)
     _check_packages([options.method, *options.compare])
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from . import data
 
     console = Console()
+    if "model" not in given and not resume:
+        console.print(f"No --model, no --data: the example. {settings.JOB_SAYS}", highlight=False)
     loaded = data.load(options.data, options.eval_data, options.split, options.eval_split)
 
     _be_quiet()
@@ -80,50 +84,41 @@ def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
             raise CliError("--resume: which run? give --resume DIR")
         resume = output
     folder = RunFolder.open(Path(str(resume)).expanduser())
-    changed = flags.differing(given, folder.record["arguments"])
+    changed = settings.differing(given, folder.record["arguments"])
     if changed:
         raise CliError(f"--resume continues a run with its own arguments; {'; '.join(changed)}")
     return folder
 
 
 def _be_quiet() -> None:
-    """No bars of other libraries beside ours. Their warnings stay."""
-    from transformers.utils import logging
+    """No bars of other libraries beside ours, nor what they say of building a cache. Their warnings stay."""
+    import logging
 
-    switch: Any = logging.disable_progress_bar
+    from transformers.utils import logging as theirs
+
+    switch: Any = theirs.disable_progress_bar
     switch()
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def _begin(folder: RunFolder, job: Job) -> None:
     """Say what is about to run, and measure the base model, once."""
+    from . import report
+
     o, d = job.options, job.data
-    job.console.print(
-        f"[bold]{o.model}[/] on {o.data}: {len(d.train):,} examples to train, {len(d.held_out):,} held "
-        f"out; {job.steps:,} steps of {o.batch_size * o.accumulation}; {job.device.type}, {job.precision}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if d.cut or d.dropped:
-        job.console.print(
-            f"{d.cut:,} examples were cut to {o.max_length:,} tokens, {d.dropped:,} left out because "
-            "that leaves nothing to train",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _say(job.console, report.opening(job))
     digest = d.digest()
     if folder.record:
         if folder.record["data_digest"] != digest:
             raise CliError(f"{o.data}: the data has changed since the run in {folder.path} began")
         return
-    from .report import environment
-
     folder.make()
     model = job.load_model(o.method if job.training_dtype(o.method) == job.dtype else "lora")
     base = job.evaluate(model)
     folder.record.update(
         status="running",
         arguments=vars(o),
-        **environment(job.device),
+        **report.environment(job.device),
         precision=job.precision,
         steps=job.steps,
         examples={
@@ -142,6 +137,7 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
 
     from .interrupt import interruptible
     from .methods import prepare
+    from .progress import print_line
     from .train import train
 
     o = job.options
@@ -163,8 +159,11 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
         folder.record["subnet_method"] = method
         folder.record["groups"] = [_common(group) for group in tuned.losia.groups]
         folder.record["reselections"] = [r._asdict() for r in tuned.losia.history]
+        folder.record["subnet_share"] = _share(tuned.losia.modules.values())
     model = _plain(tuned, job)
     score = job.evaluate(model)
+    if not job.console.is_terminal:  # where it is one, the bar is there and the table is next
+        print_line(job.console, method, job.steps, job.steps, f"held-out {score.loss:.3f}")
     if main:
         with folder.writing("merged") as path:
             model.save_pretrained(path)
@@ -192,6 +191,12 @@ def _plain(tuned: Tuned, job: Job) -> Any:
     return model
 
 
+def _share(linears: Iterable[Any]) -> float:
+    """The part of the linears' weights that is in their subnets."""
+    sizes = [(linear.subnet.numel(), linear.weight.numel()) for linear in linears]
+    return float(sum(n for n, _ in sizes) / sum(n for _, n in sizes))
+
+
 def _common(names: list[str]) -> str:
     """What the names of one group share, e.g. ``model.layers.3``."""
     parts = [name.split(".") for name in names]
@@ -217,9 +222,14 @@ def _finish(folder: RunFolder, job: Job) -> None:
     folder.save()
     job.console.print(report.table(record))
     for line in report.notes(record):
-        job.console.print(line, highlight=False, soft_wrap=True)
-    files = sorted(p.name + "/" * p.is_dir() for p in folder.path.iterdir())
-    job.console.print(f"In {folder.path}: {', '.join(files)}", highlight=False, soft_wrap=True)
+        job.console.print(line, highlight=False)
+    _say(job.console, ["", *report.files(folder.path)])
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    """Lines that hold paths: not to be broken."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _stopped(console: Console, folder: RunFolder) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from losia_pro.discover import find_targets, subnet_sizes
 
+from . import hub
 from .batches import Collate, plan
 from .data import Data
 from .encode import Encoded, encode
@@ -27,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Job:
     """``kind``: of the data; ``batches``: indices into ``data.train`` of every batch of the run; ``steps``:
-    optimizer steps."""
+    optimizer steps; ``parameters``: of the model."""
 
     options: argparse.Namespace
     console: Console
@@ -39,6 +41,7 @@ class Job:
     batches: list[list[int]]
     steps: int
     collate: Collate
+    parameters: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +64,7 @@ class Job:
         dtype = self.training_dtype(method)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise CliError(f"--model {self.options.model}: {_first_line(error)}") from error
         return model.to(self.device)
 
@@ -77,11 +80,13 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
 
     device, precision = choose_device(options.device), options.precision
     precision = choose_precision(precision, device)
+    check_model(options.model)
     try:
-        config = AutoConfig.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        with hub.quiet():
+            config = AutoConfig.from_pretrained(options.model)
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
         empty = empty_model(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise CliError(f"--model {options.model}: {_first_line(error)}") from error
     check_targets(empty, options)
     longest = getattr(config, "max_position_embeddings", None)
@@ -97,10 +102,10 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
         kept = [encoded.held_out[int(i * stride)] for i in range(options.eval_limit)]
         encoded = Encoded(encoded.train, kept, encoded.cut, encoded.dropped)
     collate = Collate(_pad_id(tokenizer))
-    job = Job(options, console, device, precision, tokenizer, data.kind, encoded, [], 0, collate)
-    parameters = sum(p.numel() for p in empty.parameters())
+    n = sum(p.numel() for p in empty.parameters())
+    job = Job(options, console, device, precision, tokenizer, data.kind, encoded, [], 0, collate, n)
     for method in (options.method, *options.compare):
-        check_fits(parameters, job.training_dtype(method), method, device)
+        check_fits(n, job.training_dtype(method), method, device)
     an_epoch = math.ceil(len(encoded.train) / options.batch_size)
     n_batches = (
         options.steps * options.accumulation
@@ -112,6 +117,18 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
     )
     job.steps = math.ceil(n_batches / options.accumulation)
     return job
+
+
+def check_model(name: str) -> None:
+    """Raise a CliError if the name is neither a folder nor a hub id."""
+    if hub.is_on_the_hub(name):
+        hub.announce("model", name)
+        return
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise CliError(f"--model {name}: a file; a model is a folder that holds config.json")
+    if not path.exists():
+        raise CliError(f"--model {name}: no such folder")
 
 
 def empty_model(config: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 COLOURS = {"losia-pro": "#0072B2", "losia": "#56B4E9", "lora": "#E69F00", "full": "#000000"}
 MARKERS = {"losia-pro": "o", "losia": "s", "lora": "^", "full": "D"}
@@ -29,9 +30,11 @@ def loss(record: dict[str, Any], path: Path) -> None:
             label=f"{method}: {r['loss']:.3f}",
         )
     axes.axhline(base, color="#999999", linestyle=":", label=f"base model: {base:.3f}")
+    axes.set_xlim(0, 1.02 * record["steps"])
     axes.set_xlabel("optimizer step")
     wide = base > 5 * min(r["loss"] for r in record["results"].values())
-    axes.set_yscale("log" if wide else "linear")
+    if wide:
+        _log_scale(axes)
     axes.set_ylabel(f"loss (nats per token{', log scale' if wide else ''})")
     axes.set_title("Held-out loss (markers) and training loss (faint, smoothed)")
     axes.grid(alpha=0.25)
@@ -39,8 +42,17 @@ def loss(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _log_scale(axes: Axes) -> None:
+    """With a number at 1, 2 and 5 of every decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
 def subnets(record: dict[str, Any], path: Path) -> None:
-    """Which group's subnets moved when, with the score that they kept and the overlap with the last."""
+    """Which group's subnets moved when; the share of the layer's score that the new ones hold, and of them that
+    lies in the old ones. Subnets at random would have the weights' share of both."""
     history, names = record["reselections"], record["groups"]
     figure = Figure(figsize=(7.5, 6), layout="constrained", dpi=150)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -51,22 +63,27 @@ def subnets(record: dict[str, Any], path: Path) -> None:
     kept = [_mean(rs, "score_kept") for rs in moves.values()]
     overlap = [_mean(rs, "overlap") for rs in moves.values()]
     if moves:
-        shown = top.scatter(
-            steps, [g for _, g in moves], c=kept, s=60, cmap=matplotlib.colormaps["cividis"],
-            vmin=0, vmax=1, edgecolors="black", linewidths=0.5,
-        )  # fmt: skip
-        figure.colorbar(shown, ax=top, label="share of the score kept")
+        top.hlines(range(len(names)), 0, record["steps"], color="#DDDDDD", linewidth=1, zorder=1)
+        top.scatter(steps, [g for _, g in moves], s=40, color="#0072B2", zorder=2)
         bottom.plot(steps, kept, "o-", color="#0072B2", markersize=4, label="score kept")
         bottom.plot(
-            steps, overlap, "s--", color="#D55E00", markersize=4, label="overlap with the last"
+            steps,
+            overlap,
+            "s--",
+            color="#D55E00",
+            markersize=4,
+            label="overlap with the last subnets",
         )
-        bottom.legend()
+        share = record["subnet_share"]
+        bottom.axhline(
+            share, color="#999999", linestyle=":", label=f"subnets at random: {share:.3f}"
+        )
+        bottom.legend(fontsize=8)
     else:
         top.text(0.5, 0.5, "no subnet moved", transform=top.transAxes, ha="center")
     top.set_yticks(range(len(names)), names, fontsize=8 if len(names) < 24 else 5)
     top.set_ylim(len(names) - 0.5, -0.5)
     top.set_title(f"{record['subnet_method']}: which group's subnets moved when")
-    top.grid(alpha=0.25)
     bottom.set_ylim(0, 1)
     bottom.set_xlim(0, 1.02 * record["steps"])
     bottom.set_xlabel("optimizer step")

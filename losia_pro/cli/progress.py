@@ -7,9 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from .memory import say_bytes
+
+WIDE = 100  # columns; on fewer, the figures leave no room for the bar
 
 
 class TrainingProgress:
@@ -22,24 +31,24 @@ class TrainingProgress:
         )
         self.bar: Progress | None = None
         if console.is_terminal:
-            columns = " ".join(f"{{task.fields[{name}]}}" for name in self.fields)
-            self.bar = Progress(
-                TextColumn(f"[bold]{method:<9}[/]"),
-                BarColumn(bar_width=None),
+            figures = " ".join(f"{{task.fields[{name}]}}" for name in self.fields)
+            columns: list[ProgressColumn] = [TextColumn(f"[bold]{method:<9}[/]")]
+            if console.width >= WIDE:
+                columns.append(BarColumn(bar_width=None))
+            columns += [
                 MofNCompleteColumn(),
-                TextColumn(columns),
+                TextColumn(figures),
                 TimeRemainingColumn(compact=True),
-                console=console,
-                expand=True,
-            )
+            ]
+            self.bar = Progress(*columns, console=console, expand=console.width >= WIDE)
             self.task = self.bar.add_task(method, total=steps, **self.fields)
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, memory: float) -> None:
         """After an optimizer step; ``memory`` in bytes."""
         self.fields.update(
             loss=f"loss {loss:.3f}",
-            lr=f"lr {lr:.1e}",
-            rate=f"{tokens_per_s / 1000:.1f} k tokens/s",
+            lr=f"lr {lr:.1e}".replace("e-0", "e-").replace("e+0", "e"),
+            rate=_rate(tokens_per_s),
             memory=say_bytes(memory),
         )
         self._show(step)
@@ -50,12 +59,22 @@ class TrainingProgress:
         self._show(step)
         if not self.bar:
             shown = "  ".join(text for text in self.fields.values() if text)
-            line = f"{self.method:<9} {step:>5}/{self.steps}  {shown}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+            print_line(self.console, self.method, step, self.steps, shown)
 
     def _show(self, step: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=step, **self.fields)
+
+
+def print_line(console: Console, method: str, step: int, steps: int, figures: str) -> None:
+    """Where there is no bar."""
+    console.print(f"{method:<9} {step:>5}/{steps}  {figures}", highlight=False, soft_wrap=True)
+
+
+def _rate(tokens_per_s: float) -> str:
+    if tokens_per_s < 1000:
+        return f"{tokens_per_s:.0f} tok/s"
+    return f"{tokens_per_s / 1000:.1f}k tok/s"
 
 
 @contextmanager

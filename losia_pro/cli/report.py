@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -13,7 +14,46 @@ from rich.table import Table
 
 from .memory import say_bytes
 
+if TYPE_CHECKING:
+    from .job import Job
+
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "triton")
+
+FILES = {  # of a run's folder, in the order in which they are listed
+    "merged": "the tuned model, for AutoModelForCausalLM.from_pretrained",
+    "delta.safetensors": "what changed, for losia_pro.load_delta on the base model",
+    "adapter": "the adapter, for PeftModel.from_pretrained on the base model",
+    "loss.png": "training and held-out loss of every method",
+    "subnets.png": "which subnets moved when",
+    "run.json": "every setting and figure",
+}
+
+
+def opening(job: Job) -> list[str]:
+    """What is about to run."""
+    o, d = job.options, job.data
+    kind = "blocks" if job.kind == "document" else "examples"
+    methods = ", then ".join([o.method, *o.compare])
+    lines = [
+        f"model  {_short(o.model)}: {job.parameters:,} parameters, {job.precision} on {job.device.type}",
+        f"data   {_short(o.data)}: {len(d.train):,} {kind} to train, {len(d.held_out):,} held out",
+        f"run    {methods}: {job.steps:,} steps of {o.batch_size * o.accumulation:,} {kind}",
+    ]
+    if d.cut:
+        lines.append(f"{d.cut:,} examples are longer than --max-length {o.max_length} and were cut")
+    if d.dropped:
+        lines.append(f"{d.dropped:,} examples left out: the cut leaves nothing to train")
+    if job.kind != "document" and job.tokenizer.eos_token_id is None:
+        lines.append(
+            "The tokenizer has no end-of-sequence token: the model cannot learn where to stop."
+        )
+    return lines
+
+
+def _short(name: str) -> str:
+    """A path seen from the current folder, if it lies in it."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def table(record: dict[str, Any]) -> Table:
@@ -41,7 +81,7 @@ def table(record: dict[str, Any]) -> Table:
             f"{r['trainable']:,}",
             f"{base['loss']:.4f} → {r['loss']:.4f}",
             *exact,
-            f"{r['seconds']:.0f}",
+            f"{r['seconds']:.{0 if r['seconds'] >= 10 else 1}f}",
             say_bytes(r["peak_bytes"]),
             style="bold" if method == record["arguments"]["method"] else "",
         )
@@ -51,7 +91,13 @@ def table(record: dict[str, Any]) -> Table:
 def notes(record: dict[str, Any]) -> list[str]:
     """Sentences below the table."""
     results, base = record["results"], record["base"]
-    lines = []
+    words = ["Loss: nats per trained token."]
+    if base["exact"] is not None:
+        words.append("Exact match: greedy decoding gives the whole response.")
+    words.append("Seconds: training alone.")
+    if record["device"]["type"] == "cpu":
+        words.append("Peak memory: of the whole process, libraries included.")
+    lines = [" ".join(words)]
     gain = base["loss"] - results["full"]["loss"] if "full" in results else 0
     if gain > 0:
         shares = [
@@ -62,6 +108,14 @@ def notes(record: dict[str, Any]) -> list[str]:
         if shares:
             lines.append(f"Of full fine-tuning's improvement: {', '.join(shares)}.")
     return lines
+
+
+def files(folder: Path) -> list[str]:
+    """What is in the folder, and what it is good for."""
+    shown = {name: name + "/" * (folder / name).is_dir() for name in FILES}
+    there = [name for name in FILES if (folder / name).exists()]
+    width = max(len(shown[name]) for name in there)
+    return [f"In {folder}:", *(f"  {shown[n]:<{width}}  {FILES[n]}" for n in there)]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

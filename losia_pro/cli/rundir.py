@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,12 +34,12 @@ class RunFolder:
         """
         if output is not None:
             path = Path(output).expanduser()
-            _check_room(path, overwrite)
-            return cls(path, {})
-        path, n = Path("runs") / name, 1
-        while path.exists():
-            n += 1
-            path = Path("runs") / f"{name}-{n}"
+        else:
+            path, n = Path("runs") / name, 1
+            while path.exists():
+                n += 1
+                path = Path("runs") / f"{name}-{n}"
+        _check_room(path, overwrite)
         return cls(path, {})
 
     def make(self) -> None:
@@ -81,6 +82,7 @@ class RunFolder:
             yield temporary
             if final.is_dir():
                 shutil.rmtree(final)
+            _open_up(temporary)
             os.replace(temporary, final)
         finally:
             shutil.rmtree(room, ignore_errors=True)
@@ -105,6 +107,14 @@ class RunFolder:
             (self.path / CHECKPOINTS).rmdir()
 
 
+def _open_up(path: Path) -> None:
+    """Give files the permissions that new files have; safetensors writes them for their owner alone."""
+    os.umask(mask := os.umask(0))
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
 def _is_json(path: Path) -> bool:
     """``trainer_state.json`` is the last file of a checkpoint: whole if the checkpoint is."""
     try:
@@ -116,12 +126,15 @@ def _is_json(path: Path) -> bool:
 def _check_room(path: Path, overwrite: bool) -> None:
     if path.is_file():
         raise CliError(f"--output {path}: a file of that name is there")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise CliError(f"--output {path}: cannot be written, because {there} cannot")
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / RECORD).is_file():
         raise CliError(f"--output {path}: the folder holds other files; give an empty or a new one")
     if not overwrite:
         raise CliError(
-            f"--output {path}: the folder holds another run; continue it with --resume {path}, replace "
-            "it with --overwrite, or give another folder"
+            f"--output {path}: the folder holds another run; continue it with --resume "
+            f"{shlex.quote(str(path))}, replace it with --overwrite, or give another folder"
         )

@@ -50,6 +50,14 @@ class PlannedTrainer(Trainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint holds a tied weight once; its other name is not missing."""
+        model: Any = self.model
+        once = {name for name, _ in model.named_parameters()}
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        missing = [name for name in load_result.missing_keys if name not in every - once]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.state.global_step == self.state.max_steps:
             return {}  # the finished model is about to be evaluated
