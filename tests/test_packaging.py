@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -20,9 +21,9 @@ SOURCES += ("kernels", "csrc")
 KERNELS = {f"losia_pro/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
-def python(code: str, cwd: Path, **env: str) -> str:
+def python(code: str, cwd: Path, *flags: str, **env: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *flags, "-c", code],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": "", **env},
         text=True,
@@ -88,14 +89,21 @@ def test_a_wheel_holds_the_kernels_and_nothing_else_of_the_repository(checkout):
 
 def test_an_editable_install_finds_the_kernels_and_exposes_no_package_of_that_name(checkout):
     wheel, _ = build(checkout, "editable", LOSIA_BUILD_CUDA="0")
+    # -S: without what this Python has installed by .pth files, among it perhaps this package from elsewhere.
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     found = python(
-        f"import site; site.addsitedir({str(wheel.parent / 'site')!r})\n"
-        "import importlib.util, sys, losia_pro.kernels.launch as k\n"
+        f"import site, sys; site.addsitedir({str(wheel.parent / 'site')!r})\n"
+        f"sys.path += {sorted(packages)!r}\n"
+        "import importlib.util, losia_pro, losia_pro.kernels.launch as k\n"
         "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
-        "print(k.__file__, importlib.util.find_spec('kernels'), end='')",
+        "print(losia_pro.__file__, k.__file__, importlib.util.find_spec('kernels') is None, end='')",
         checkout.parent,
+        "-S",
     )
-    assert found.endswith("kernels/launch.py None") and str(checkout) in found
+    package, launch, no_kernels = found.split(" ")
+    assert Path(package) == checkout / "losia_pro" / "__init__.py"
+    assert Path(launch).resolve() == checkout / "kernels" / "launch.py"
+    assert no_kernels == "True"
 
 
 def test_a_checkout_on_the_path_finds_the_kernels(tmp_path):
