@@ -23,6 +23,7 @@ constexpr int DEPTH = 16;
 constexpr int SIDE = 4;                            // outputs of a thread: SIDE x SIDE
 constexpr int ACROSS = TILE / SIDE;                // threads along one side of the tile
 constexpr int THREADS = ACROSS * ACROSS;
+constexpr int CHAIN = 8;                           // tiles summed in one chain, so that a long sum stays exact
 constexpr int LOADS = TILE * DEPTH / THREADS;      // elements of each operand that a thread loads
 static_assert(THREADS % TILE == 0, "a thread always loads the same column");
 
@@ -59,8 +60,9 @@ __global__ void __launch_bounds__(THREADS)
   // Computing: outputs (row + ACROSS i, col + ACROSS j).
   const int row = threadIdx.x / ACROSS;
   const int col = threadIdx.x % ACROSS;
-  float acc[SIDE][SIDE] = {};
+  float acc[SIDE][SIDE] = {}, chain[SIDE][SIDE] = {};
 
+  int links = 0;
   for (int64_t t0 = first; t0 < last; t0 += DEPTH) {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) {
@@ -81,7 +83,14 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < SIDE; ++i)
 #pragma unroll
-        for (int j = 0; j < SIDE; ++j) acc[i][j] = fmaf(u[i], v[j], acc[i][j]);
+        for (int j = 0; j < SIDE; ++j) chain[i][j] = fmaf(u[i], v[j], chain[i][j]);
+    }
+    if (++links == CHAIN || t0 + DEPTH >= last) {
+      links = 0;
+#pragma unroll
+      for (int i = 0; i < SIDE; ++i)
+#pragma unroll
+        for (int j = 0; j < SIDE; ++j) acc[i][j] += chain[i][j], chain[i][j] = 0.f;
     }
     __syncthreads();
   }

@@ -1,4 +1,4 @@
-"""What every kernel's host side decides: 32-bit or 64-bit offsets, and whether it is being interpreted."""
+"""What every kernel's host side decides: 32-bit or 64-bit offsets, and whether it is interpreted."""
 
 from __future__ import annotations
 

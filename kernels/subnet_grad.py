@@ -1,52 +1,50 @@
 """The subnet's gradient:  out[m, n] = sum_t dy[t, out_idx[m]] x_sub[t, n]        (dy[:, Y_S]^T x_S)
 
 Flops: 2 T n_out n_in. Bytes, e an element: T n_in e of x_sub, and of dy every 32-byte sector that holds a
-chosen column (88 % of it at e = 2 and one in 8 chosen). For 4096 x 4096, T = 8192, bf16: 4.3 GFLOP, 6 us of a
-Hopper GPU's matrix units, and 68 MB, 16 us of its memory: the bytes decide.
+chosen column (88 % of it at e = 2 and one in 8 chosen; the chosen bytes alone in aligned runs of 16). For
+4096 x 4096, T = 8192, bf16: 4.3 GFLOP, 6 us of a Hopper GPU's matrix units, and 68 MB, 16 us of its memory, of
+single neurons, or 17 MB, 4 us, of aligned runs.
 
-The shape: a tiled product whose sum runs over tokens. Both operands lie token-major, so the tile of dy is
-loaded as (BLOCK_M columns) x (BLOCK_K tokens), the transpose of how it is stored, and neighbouring lanes still
-read neighbouring columns. n_out x n_in is small (512 x 512) and T long, so the tokens are split over SPLIT
-programs a tile to fill the device; each writes its partial sum in fp32, and `sum_splits` adds them in a fixed
-order: no atomics, the same bits every run.
+The shape: a tiled product whose sum runs over tokens. Both operands lie token-major, so a tile of either is
+loaded as BLOCK_K tokens x columns, and the product transposes the first. n_out x n_in is small (512 x 512)
+and T long, so the tokens are split over SPLIT programs a tile to fill the device; each writes its partial sum
+in fp32, and `sum_splits` adds them in a fixed order: no atomics, the same bits every run.
 
-dy is gathered first, by `gather_columns` (`fused=False`). Gathering inside the product (`fused=True`) reads
-less, but each of the n_in / BLOCK_N column tiles gathers dy again, in 2-byte loads that cannot be pipelined.
+Three ways to dy's columns, each where it was the fastest on an H200:
+- aligned runs (GROUP > 1) are gathered inside the product, in 16-byte loads that the compiler pipelines;
+- all columns (GROUP = 0) are read as they lie, where x_sub is narrow;
+- single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the
+  n_in / BLOCK_N column tiles would gather dy again, in 2-byte loads that cannot be pipelined. (`fused=True` does
+  that, to measure it.) The same for runs and for all columns where x_sub is too wide for the ways above.
 To change the tile, change `_tiles`: any powers of two of at least 16 are correct; a stage of the pipeline
 takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory, and a consumer GPU has 99 KiB in all.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_columns import gather_columns
+from ..torch_ops import product
+from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64
+from .tiles import DTYPES, Device, Tiles, device_of, load_tile, operand
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Tiles(NamedTuple):
-    """A launch's shape: columns of dy, columns of x_sub, tokens a step, warps, steps in flight."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
+# The widest x_sub for which this kernel was faster than the library's product, after a gather or of all columns.
+RUNS_WIDEST = 1024
+WHOLE_WIDEST = 256
+EXACT_TOKENS = (
+    256  # that fp32 operands are summed over in one chain: the sum is to be as exact as a library's
+)
 
 
 @triton.jit
 def subnet_grad_kernel(
-    dy_ptr,  # (T, out), any strides
-    x_ptr,  # (T, N), any strides
-    idx_ptr,  # (M,) int64: columns of dy; unused unless GATHER
+    dy,  # (T, out): as load_tile takes it where GROUP is 0, else a pointer
+    x,  # (T, N): as load_tile takes it
+    idx_ptr,  # (M,) int64: columns of dy; unused where GROUP is 0
     out_ptr,  # (SPLIT, M, N) contiguous
     T,
     M,
@@ -56,45 +54,46 @@ def subnet_grad_kernel(
     stride_dc,
     stride_xt,
     stride_xc,
-    GATHER: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INT64: tl.constexpr,
+    BULK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     split = tl.program_id(1)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    if GATHER:
+    m0 = (tl.program_id(0) // blocks_n) * BLOCK_M
+    n0 = (tl.program_id(0) % blocks_n) * BLOCK_N
+    m, n, k = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    if GROUP > 0:
+        M = M // GROUP * GROUP  # tells the compiler that masks change between runs only
         column = tl.load(idx_ptr + m, mask=m < M, other=0)
-    else:
-        column = m
-    if INT64:
-        k, column, n_wide = k.to(tl.int64), column.to(tl.int64), n.to(tl.int64)
-    else:
-        column, n_wide = column.to(tl.int32), n
+        if INT64:
+            k = k.to(tl.int64)
+        else:
+            column = column.to(tl.int32)
+        if GROUP > 1:
+            column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
     first = split * T_SPLIT
     last = tl.minimum(first + T_SPLIT, T)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # What lies past T, M or N reads as zero on both sides, so nothing that is not chosen can leak a NaN.
     for start in range(first, last, BLOCK_K):
-        t = start + k
-        # Elements past T, M or N are zeros on both sides, so nothing that is not chosen can leak a NaN.
-        a = tl.load(
-            dy_ptr + t[None, :] * stride_dt + column[:, None] * stride_dc,
-            mask=(t[None, :] < last) & (m[:, None] < M),
-            other=0.0,
-        )
-        b = tl.load(
-            x_ptr + t[:, None] * stride_xt + n_wide[None, :] * stride_xc,
-            mask=(t[:, None] < last) & (n[None, :] < N),
-            other=0.0,
-        )
+        if GROUP > 0:
+            t = start + k
+            a = tl.load(
+                dy + t[:, None] * stride_dt + column[None, :] * stride_dc,
+                mask=(t[:, None] < T) & (m[None, :] < M),
+                other=0.0,
+            )
+        else:
+            a = load_tile(dy, start, m0, T, M, stride_dt, stride_dc, BLOCK_K, BLOCK_M, INT64, BULK)
+        b = load_tile(x, start, n0, T, N, stride_xt, stride_xc, BLOCK_K, BLOCK_N, INT64, BULK)
         if UPCAST:  # Triton's interpreter computes a wrong tl.dot of bf16
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     row = split.to(tl.int64) * M + m
     out = out_ptr + row[:, None] * N + n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
@@ -113,12 +112,21 @@ def sum_splits_kernel(parts_ptr, out_ptr, numel, SPLIT, BLOCK: tl.constexpr):
 
 
 def subnet_grad(
-    dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, *, fused: bool = False
+    dy: Tensor,
+    x_sub: Tensor,
+    out_idx: Tensor,
+    out_dtype: torch.dtype,
+    group: int = 1,
+    *,
+    fused: bool | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """``dy[:, Y_S]^T x_S`` with fp32 accumulation, the same bits every run.
 
     ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result ``(n_out, n_in)`` in
-    ``out_dtype``. Both operands may have any strides. ``fused`` gathers ``dy`` inside the product.
+    ``out_dtype``. Both operands may have any strides. ``out_idx`` comes in aligned runs of ``group``; where
+    that is the number of ``dy``'s columns, all of them are chosen, in order. ``fused`` decides whether this
+    kernel gathers and multiplies or `gather_columns` and the library do; ``tiles`` its shape: to measure.
 
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
@@ -133,11 +141,18 @@ def subnet_grad(
     tokens, n_out, n_in = dy.shape[0], out_idx.shape[0], x_sub.shape[1]
     if tokens == 0 or n_out == 0 or n_in == 0:
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
+    whole = group == dy.shape[1]
+    if fused is None:
+        fused = group > 1 and n_in <= (WHOLE_WIDEST if whole else RUNS_WIDEST)
     if not fused:
-        dy = gather_columns(dy, out_idx)
-    tiles = _tiles(dy.dtype)
+        return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
+    run = 0 if whole else hardware_run(group)
+    device = device_of(dy.device)
+    tiles = tiles or _tiles(dy.dtype, run, n_out, n_in, device)
     blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
-    split_tokens = _split_tokens(tokens, blocks, tiles.k, _processors(dy.device))
+    split_tokens = _split_tokens(tokens, blocks, tiles.k, device.processors)
+    if dy.dtype == torch.float32:
+        split_tokens = min(split_tokens, EXACT_TOKENS)
     splits = triton.cdiv(tokens, split_tokens)
     # Triton's interpreter truncates to bf16 instead of rounding: let PyTorch round there.
     store_dtype = torch.float32 if INTERPRETED else out_dtype
@@ -147,8 +162,8 @@ def subnet_grad(
         parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
         subnet_grad_kernel[(blocks, splits)](
-            dy,
-            x_sub,
+            operand(dy, tiles.k, tiles.m, device.bulk and run == 0),
+            operand(x_sub, tiles.k, tiles.n, device.bulk),
             out_idx.contiguous(),
             parts,
             tokens,
@@ -157,11 +172,12 @@ def subnet_grad(
             split_tokens,
             *dy.stride(),
             *x_sub.stride(),
-            GATHER=fused,
+            GROUP=run,
             BLOCK_M=tiles.m,
             BLOCK_N=tiles.n,
             BLOCK_K=tiles.k,
             INT64=needs_int64(dy, x_sub),
+            BULK=device.bulk,
             UPCAST=INTERPRETED,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
@@ -173,19 +189,21 @@ def subnet_grad(
     return out.to(out_dtype)
 
 
-def _tiles(dtype: torch.dtype) -> Tiles:
-    """The tile for operands of ``dtype``: fp32 has no matrix units in IEEE precision, so fewer per program."""
-    return Tiles(64, 64, 32, 4, 3) if dtype == torch.float32 else Tiles(128, 128, 32, 8, 4)
+def _tiles(dtype: torch.dtype, run: int, n_out: int, n_in: int, device: Device) -> Tiles:
+    """The fastest tile of those tried on an H200, and smaller ones where shared memory is small. fp32 has no
+    matrix units in IEEE precision, so fewer outputs a program."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, 4, 3)
+    if device.memory < 160 * 1024:  # sm_86, sm_89, sm_120
+        return Tiles(64, 64, 64, 4, 3) if n_in <= 64 else Tiles(64, 128, 64, 4, 3)
+    if run:
+        return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
+    if n_in > 64:
+        return Tiles(256, 64, 64, 8, 3)
+    return Tiles(128, 64, 128, 4, 3) if n_out >= 8192 else Tiles(64, 64, 128, 4, 4)
 
 
 def _split_tokens(tokens: int, blocks: int, block_k: int, processors: int) -> int:
     """Tokens per split: as many splits as fill the processors once, of at least 4 steps each."""
     splits = max(1, min(processors // blocks, tokens // (4 * block_k)))
     return -(-tokens // (splits * block_k)) * block_k
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # interpreted: enough to take the split path
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

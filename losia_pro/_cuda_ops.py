@@ -50,7 +50,7 @@ def runs_on(built: str, capability: int) -> bool:
     return False
 
 
-def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
+def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
     """``x[:, X_S]``: ``x`` ``(T, in)`` of any strides, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)``."""
     in_idx = in_idx.contiguous()
     out = torch.empty(x.shape[0], in_idx.shape[0], dtype=x.dtype, device=x.device)
@@ -67,7 +67,9 @@ def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
     return out
 
 
-def subnet_grad(dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype) -> Tensor:
+def subnet_grad(
+    dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, group: int = 1
+) -> Tensor:
     """``dy[:, Y_S]^T x_S`` with fp32 accumulation, the same bits every run.
 
     ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result ``(n_out, n_in)`` in

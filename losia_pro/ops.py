@@ -1,5 +1,8 @@
 """The kernels' schemas: ``torch.ops.losia_pro.*``, their fakes, and which implementation answers.
 
+``group`` of ``gather_columns`` and ``subnet_grad`` says that the indices come in aligned runs of that many,
+``[k group, (k + 1) group)``; where it is the number of columns, all are chosen, in order. Kernels rely on it.
+
 Every op has the implementations "torch" (``torch_ops``), and, where they exist and can run, "triton"
 (``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
 first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL`` names
@@ -23,19 +26,24 @@ from . import reference, torch_ops
 OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
 IMPLS = ("torch", "triton", "cuda")
 
-# Which implementation answers on a CUDA device when none is named; elsewhere it is "torch".
+# Which implementation answers on a CUDA device when none is named, by `losia-pro bench kernels`; elsewhere "torch".
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "gather_columns": ("torch",),
-    "subnet_grad": ("torch",),
-    "importance_update_": ("torch",),
-    "write_back_": ("torch",),
+    "gather_columns": ("triton", "cuda", "torch"),
+    "subnet_grad": ("triton", "torch"),
+    "importance_update_": ("triton", "torch"),
+    "write_back_": ("triton", "torch"),
 }
 
+PRODUCTS = (
+    "subnet_grad",
+    "importance_update_",
+)  # their kernels have no fp64: it is computed by "torch"
+
 _lib = torch.library.Library("losia_pro", "DEF")
-_lib.define("gather_columns(Tensor x, Tensor in_idx, *, str? impl=None) -> Tensor")
+_lib.define("gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor")
 _lib.define(
-    "subnet_grad(Tensor dy, Tensor x_sub, Tensor out_idx, *, ScalarType? out_dtype=None, "
-    "str? impl=None) -> Tensor"
+    "subnet_grad(Tensor dy, Tensor x_sub, Tensor out_idx, *, int group=1, "
+    "ScalarType? out_dtype=None, str? impl=None) -> Tensor"
 )
 _lib.define(
     "importance_update_(Tensor(a!) importance, Tensor(b!) uncertainty, Tensor weight, Tensor dy, "
@@ -117,7 +125,11 @@ def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
     )
 
 
-def _function(op: str, device: torch.device, impl: str | None) -> Callable[..., Tensor]:
+def _function(
+    op: str, device: torch.device, impl: str | None, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    if impl is None and dtype == torch.float64 and op in PRODUCTS:
+        return getattr(torch_ops, op)  # type: ignore[no-any-return]
     chosen = resolve(op, device, impl)
     if chosen == "torch":
         return getattr(torch_ops, op)  # type: ignore[no-any-return]
@@ -127,15 +139,23 @@ def _function(op: str, device: torch.device, impl: str | None) -> Callable[..., 
 # --- the ops: checks at the door, then the chosen implementation ------------------------------------
 
 
-def _check_index(what: str, idx: Tensor, like: Tensor, size: int) -> None:
+def _check_index(what: str, idx: Tensor, like: Tensor, size: int, group: int = 1) -> None:
     if idx.dtype != torch.int64 or idx.dim() != 1:
         raise ValueError(f"{what} must be 1-D int64, got {idx.dtype} {tuple(idx.shape)}")
     if idx.device != like.device:
         raise ValueError(f"{what} is on {idx.device}, the data on {like.device}")
+    if group < 1 or idx.shape[0] % group:
+        raise ValueError(
+            f"{what} has {idx.shape[0]} entries, which are not runs of group = {group}"
+        )
     if os.environ.get("LOSIA_DEBUG") == "1" and idx.numel():
         low, high = torch.stack(idx.aminmax()).tolist()
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be within [0, {size}), got {low}..{high}")
+        first = idx.view(-1, group)[:, :1]
+        runs = first + torch.arange(group, device=idx.device)
+        if bool((first % group).any()) or not torch.equal(runs.flatten(), idx):
+            raise IndexError(f"{what} must come in aligned runs of group = {group}")
 
 
 def _check_matrix(what: str, t: Tensor) -> None:
@@ -143,10 +163,12 @@ def _check_matrix(what: str, t: Tensor) -> None:
         raise ValueError(f"{what} must be a floating-point matrix, got {t.dtype} {tuple(t.shape)}")
 
 
-def _gather_columns(x: Tensor, in_idx: Tensor, *, impl: str | None = None) -> Tensor:
+def _gather_columns(
+    x: Tensor, in_idx: Tensor, *, group: int = 1, impl: str | None = None
+) -> Tensor:
     _check_matrix("x", x)
-    _check_index("in_idx", in_idx, x, x.shape[1])
-    return _function("gather_columns", x.device, impl)(x, in_idx)
+    _check_index("in_idx", in_idx, x, x.shape[1], group)
+    return _function("gather_columns", x.device, impl, x.dtype)(x, in_idx, group)
 
 
 def _subnet_grad(
@@ -154,19 +176,20 @@ def _subnet_grad(
     x_sub: Tensor,
     out_idx: Tensor,
     *,
+    group: int = 1,
     out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
     _check_matrix("dy", dy)
     _check_matrix("x_sub", x_sub)
-    _check_index("out_idx", out_idx, dy, dy.shape[1])
+    _check_index("out_idx", out_idx, dy, dy.shape[1], group)
     if dy.shape[0] != x_sub.shape[0] or dy.dtype != x_sub.dtype or dy.device != x_sub.device:
         raise ValueError(
             f"dy {dy.dtype} {tuple(dy.shape)} on {dy.device} and x_sub {x_sub.dtype} "
             f"{tuple(x_sub.shape)} on {x_sub.device} must agree in tokens, dtype and device"
         )
     out_dtype = out_dtype or compact_dtype(dy.dtype)
-    return _function("subnet_grad", dy.device, impl)(dy, x_sub, out_idx, out_dtype)
+    return _function("subnet_grad", dy.device, impl, dy.dtype)(dy, x_sub, out_idx, out_dtype, group)
 
 
 def _importance_update_(
@@ -198,7 +221,7 @@ def _importance_update_(
             raise ValueError(f"{what} must be (out, in) = {shape}, got {tuple(t.shape)}")
     if variant not in reference.VARIANTS:
         raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
-    update = _function("importance_update_", weight.device, impl)
+    update = _function("importance_update_", weight.device, impl, dy.dtype)
     update(importance, uncertainty, weight, dy, x, grad, beta1, beta2, variant, scale)
 
 
@@ -225,14 +248,18 @@ def _write_back_(
                 f"got {tuple(subnet.shape)}"
             )
     if weights:
-        _function("write_back_", weights[0].device, impl)(weights, subnets, out_idx, in_idx)
+        _function("write_back_", weights[0].device, impl, weights[0].dtype)(
+            weights, subnets, out_idx, in_idx
+        )
 
 
 for _op in OPS:
     _lib.impl(_op, globals()["_" + _op], "CompositeExplicitAutograd")
 
 
-def _fake_gather_columns(x: Tensor, in_idx: Tensor, *, impl: str | None = None) -> Tensor:
+def _fake_gather_columns(
+    x: Tensor, in_idx: Tensor, *, group: int = 1, impl: str | None = None
+) -> Tensor:
     return x.new_empty(x.shape[0], in_idx.shape[0])
 
 
@@ -241,6 +268,7 @@ def _fake_subnet_grad(
     x_sub: Tensor,
     out_idx: Tensor,
     *,
+    group: int = 1,
     out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:

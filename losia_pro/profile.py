@@ -26,8 +26,9 @@ class Profile:
 
     def __init__(self, module: SubnetLinear, config: LosiaConfig) -> None:
         self.module, self.config = module, config
-        dtype = ops.compact_dtype(module.weight.dtype)
-        self.importance = torch.zeros_like(module.weight, dtype=dtype, requires_grad=False)
+        dtype = importance_dtype(module.weight.dtype)
+        weight = module.weight
+        self.importance = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.uncertainty = torch.zeros_like(self.importance)
         self.grad: Tensor | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -52,8 +53,11 @@ class Profile:
 
     def _fold(self) -> None:
         assert self.pending is not None
-        product = torch_ops.product(*self.pending, self.importance.dtype)
-        self.grad = product if self.grad is None else self.grad.add_(product)
+        if self.grad is None:
+            dtype = ops.compact_dtype(self.module.weight.dtype)
+            self.grad = torch_ops.product(*self.pending, dtype)
+        else:
+            torch_ops.add_product_(self.grad, *self.pending)
         self.pending = None
 
     def _drop_if_zeroed(self) -> None:
@@ -80,16 +84,27 @@ class Profile:
         self.discard()
 
     def score(self) -> Tensor:
-        """``s = I U`` (or what ``config.score`` says), ``(out, in)``."""
-        return reference.score(self.importance, self.uncertainty, self.config.score)
+        """``s = I U`` (or what ``config.score`` says), ``(out, in)``, in fp32 (fp64 for fp64 weights)."""
+        dtype = ops.compact_dtype(self.module.weight.dtype)
+        importance, uncertainty = self.importance.to(dtype), self.uncertainty.to(dtype)
+        return reference.score(importance, uncertainty, self.config.score)
 
     def follow(self) -> None:
         """Move to the device and dtype that the layer's weight has now."""
         weight = self.module.weight
-        dtype = ops.compact_dtype(weight.dtype)
+        dtype = importance_dtype(weight.dtype)
         self.importance = self.importance.to(weight.device, dtype)
         self.uncertainty = self.uncertainty.to(weight.device, dtype)
         self.discard()
+
+
+def importance_dtype(weight: torch.dtype) -> torch.dtype:
+    """bf16 for weights of two bytes, else the compact dtype.
+
+    The buffers and their traffic are half of fp32's. Rounding moves a smoothed value by at most
+    ``2^-9 / (1 - beta)`` of it, 1.3 % at 0.85, and the sums over rows and columns average that out.
+    """
+    return torch.bfloat16 if weight.itemsize == 2 else ops.compact_dtype(weight)
 
 
 def relocate(module: SubnetLinear, config: LosiaConfig) -> tuple[float, float] | None:

@@ -10,18 +10,25 @@ from torch import Tensor
 from . import reference
 
 
-def gather_columns(x: Tensor, in_idx: Tensor) -> Tensor:
-    """``x[:, X_S]``: ``x`` ``(T, in)``, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)`` in ``x``'s dtype."""
+def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
+    """``x[:, X_S]``: ``x`` ``(T, in)``, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)`` in ``x``'s dtype.
+
+    Runs of ``group`` gain nothing here.
+    """
     return x.index_select(1, in_idx)
 
 
-def subnet_grad(dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype) -> Tensor:
+def subnet_grad(
+    dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, group: int = 1
+) -> Tensor:
     """``dy[:, Y_S]^T x_S`` with fp32 accumulation (paper: *LoSiA-Pro*).
 
     ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result
-    ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, ``dy`` is read as it lies and the
-    small result put in ``out_idx``'s order.
+    ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, ``dy`` is read as it lies, and the
+    small result put in ``out_idx``'s order unless ``group`` says that it is in order.
     """
+    if group == dy.shape[1]:
+        return product(dy, x_sub, out_dtype)
     if out_idx.numel() == dy.shape[1]:
         return product(dy, x_sub, out_dtype).index_select(0, out_idx)
     return product(dy.index_select(1, out_idx), x_sub, out_dtype)
@@ -46,14 +53,17 @@ def importance_update_(
     ``importance``, ``uncertainty``, ``grad`` and ``weight`` are ``(out, in)``; ``dy`` ``(T, out)`` and
     ``x`` ``(T, in)`` belong to the step's last micro-batch and ``grad`` sums those before it.
     """
-    g = product(dy, x, importance.dtype)
+    wide = torch.promote_types(importance.dtype, torch.float32)
+    g = product(dy, x, wide)
     if grad is not None:
         g += grad
     if scale != 1.0:
         g *= scale
-    current = reference.importance(g, weight, variant).to(importance.dtype)
-    importance.mul_(beta1).add_(current, alpha=1 - beta1)
-    uncertainty.mul_(beta2).add_(current.sub_(importance).abs_(), alpha=1 - beta2)
+    current = reference.importance(g, weight, variant).to(wide)
+    smoothed = importance.to(wide).mul_(beta1).add_(current, alpha=1 - beta1)
+    importance.copy_(smoothed)
+    current.sub_(smoothed).abs_()
+    uncertainty.copy_(uncertainty.to(wide).mul_(beta2).add_(current, alpha=1 - beta2))
 
 
 def write_back_(
@@ -84,3 +94,12 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def autocasts(device: torch.device) -> bool:
     """Whether an autocast region is in force for ``device``; for meta there is none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``, accumulated in ``total``'s dtype, without a temporary of its size where the library
+    can."""
+    if a.is_cuda and total.dtype == torch.float32 and a.dtype == b.dtype != torch.float32:
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(product(a, b, total.dtype))

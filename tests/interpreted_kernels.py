@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losia_pro import ops, torch_ops
+from losia_pro import ops, reference, torch_ops
 from losia_pro.kernels import gather_columns as gather
-from losia_pro.kernels import indexing, launch
+from losia_pro.kernels import importance_update, indexing, launch, tiles
 from losia_pro.kernels import subnet_grad as grad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,6 +67,97 @@ def test_subnet_grad_is_as_exact_as_pytorch(shape, dtype, fused):
         peer = (dy[:, idx].T @ x_sub).to(out_dtype) if dtype == out_dtype else None
         peer = torch_ops.subnet_grad(dy, x_sub, idx, out_dtype) if peer is None else peer
         assert relative(ours, truth) <= 2 * relative(peer, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [2, 8, 16, 24])
+def test_aligned_runs_give_what_single_neurons_give(group, dtype):
+    tokens, n_in = 70, 5
+    idx = (choose(10, 4)[:, None] * group + torch.arange(group)).flatten()
+    dy, x_sub = torch.randn(tokens, 10 * group).to(dtype), torch.randn(tokens, n_in).to(dtype)
+    gathered = torch.ops.losia_pro.gather_columns(dy, idx, group=group, impl="triton")
+    assert torch.equal(gathered, dy[:, idx])
+    ours = torch.ops.losia_pro.subnet_grad(dy, x_sub, idx, group=group, impl="triton")
+    truth = dy.double()[:, idx].T @ x_sub.double()
+    assert relative(ours, truth) <= 2 * relative(dy[:, idx].T @ x_sub, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk copies", "loads"])
+@pytest.mark.parametrize("n_in", [5, 16, 300])
+def test_a_whole_side_needs_no_indices(n_in, bulk, dtype, monkeypatch):
+    device = tiles.Device(4, 99 * 1024, bulk)
+    monkeypatch.setattr(grad, "device_of", lambda _: device)
+    dy, x_sub = torch.randn(70, 50).to(dtype), torch.randn(70, n_in).to(dtype)
+    every = torch.arange(50)
+    ours = torch.ops.losia_pro.subnet_grad(dy, x_sub, every, group=50, impl="triton")
+    truth = dy.double().T @ x_sub.double()
+    assert relative(ours, truth) <= 2 * relative(dy.T @ x_sub, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk copies", "loads"])
+def test_importance_update_follows_its_equation(bulk, micro_batches, variant, dtype, monkeypatch):
+    device = tiles.Device(4, 99 * 1024, bulk)
+    monkeypatch.setattr(importance_update, "device_of", lambda _: device)
+    tokens, shape, scale, beta1, beta2 = 33, (140, 56), 0.5, 0.8, 0.9
+    dy, x = torch.randn(tokens, shape[0]).to(dtype), torch.randn(tokens, shape[1]).to(dtype)
+    weight = torch.randn(shape[1], shape[0]).to(dtype).T  # any strides
+    before = torch.randn(shape) if micro_batches > 1 else None
+    smoothed, uncertain = torch.rand(shape), torch.rand(shape)
+    g = scale * (dy.double().T @ x.double() + (0 if before is None else before.double()))
+    current = reference.importance(g, weight.double(), variant)
+    truth_i = reference.smooth(smoothed.double(), current, beta1)
+    truth_u = reference.uncertainty(uncertain.double(), current, truth_i, beta2)
+    torch.ops.losia_pro.importance_update_(
+        smoothed,
+        uncertain,
+        weight,
+        dy,
+        x,
+        before,
+        beta1,
+        beta2,
+        variant,
+        scale=scale,
+        impl="triton",
+    )
+    # g's rounding is at most tokens ulps of its terms' size; squaring doubles it, the rest are few operations.
+    bound = 4 * tokens * torch.finfo(torch.float32).eps
+    assert relative(smoothed, truth_i) <= bound and relative(uncertain, truth_u) <= bound
+
+
+def test_importance_in_bf16_is_rounded_once_a_step():
+    shape, beta = (20, 30), 0.85
+    dy, x, weight = torch.randn(16, 20), torch.randn(16, 30), torch.randn(shape)
+    exact = [torch.rand(shape), torch.rand(shape)]
+    short = [t.bfloat16() for t in exact]
+    exact = [t.float() for t in short]
+    for kept in (exact, short):
+        args = (*kept, weight, dy, x, None, beta, beta, "taylor")
+        torch.ops.losia_pro.importance_update_(*args, impl="triton")
+    for a, b in zip(
+        short, exact, strict=True
+    ):  # the interpreter truncates: one unit, not half of one
+        assert ((a.float() - b).abs() <= 2**-7 * b.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_write_back_writes_every_layer_and_nothing_else(dtype):
+    shapes = [(40, 56), (7, 1000), (64, 64), (1, 1), (9, 2000)]
+    weights = [torch.randn(s).to(dtype) for s in shapes]
+    weights[2] = weights[2].T
+    rows = [choose(w.shape[0], -(-w.shape[0] // 4)) for w in weights]
+    columns = [choose(w.shape[1], -(-w.shape[1] // 4)) for w in weights]
+    for _ in range(2):  # with new tables, and with kept ones
+        subnets = [torch.randn(len(r), len(c)) for r, c in zip(rows, columns, strict=True)]
+        expected = [w.clone() for w in weights]
+        for w, s, r, c in zip(expected, subnets, rows, columns, strict=True):
+            w[r[:, None], c] = s.to(dtype)
+        torch.ops.losia_pro.write_back_(weights, subnets, rows, columns, impl="triton")
+        assert all(map(torch.equal, weights, expected))
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,20 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from losia_pro.kernels.gather_columns import BLOCK_C, BLOCK_T, gather_columns_kernel  # noqa: E402
-from losia_pro.kernels.subnet_grad import (  # noqa: E402
-    _tiles,
-    subnet_grad_kernel,
-    sum_splits_kernel,
-)
+from losia_pro.kernels import gather_columns as gather  # noqa: E402
+from losia_pro.kernels import importance_update as importance  # noqa: E402
+from losia_pro.kernels import subnet_grad as grad  # noqa: E402
+from losia_pro.kernels.tiles import Device  # noqa: E402
+from losia_pro.kernels.write_back import BLOCK_C, BLOCK_R, write_back_kernel  # noqa: E402
 
 KIB = 1024
-# compute capability: shared memory that one block may have
-ARCHS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
-SMALLEST = 99 * KIB  # of sm_86 and sm_89, which are compiled for as sm_80
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ARCHS = {
+    80: Device(108, 163 * KIB, False),
+    90: Device(132, 227 * KIB, True),
+    100: Device(148, 227 * KIB, True),
+    120: Device(170, 99 * KIB, False),
+}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # fp16 differs from bf16 in one letter
 
 
 def compile_for(
@@ -31,45 +33,112 @@ def compile_for(
     """Compile as the launcher does for tensors aligned to 16 bytes and sizes divisible by 16."""
     names = kernel.arg_names
     assert set(names) == {*types, *values}
+    whole = {n for n, t in types.items() if t.startswith(("*", "i"))}
     source = ASTSource(
         fn=kernel,
         signature={n: types.get(n, "constexpr") for n in names},
         constexprs={(names.index(n),): v for n, v in values.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in types},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in whole},
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("int64", [False, True])
-def test_gather_columns_compiles(arch, int64):
-    types = {"x_ptr": "*bf16", "idx_ptr": "*i64", "out_ptr": "*bf16", "stride_t": "i32"}
-    types |= {"T": "i32", "n_in": "i32"}
-    values = {"stride_c": 1, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "INT64": int64}
-    binary = compile_for(arch, gather_columns_kernel, types, values, num_warps=4)
-    assert f".target sm_{arch}" in binary.asm["ptx"] and binary.asm["cubin"]
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("fused", [False, True], ids=["gathered", "fused"])
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-def test_subnet_grad_compiles_and_fits(arch, fused, dtype):
-    name, tiles = NAMES[dtype], _tiles(dtype)
-    types = {"dy_ptr": f"*{name}", "x_ptr": f"*{name}", "idx_ptr": "*i64", "out_ptr": "*fp32"}
-    types |= dict.fromkeys(("T", "M", "N", "T_SPLIT", "stride_dt", "stride_xt"), "i32")
-    values = {"stride_dc": 1, "stride_xc": 1, "GATHER": fused, "INT64": False, "UPCAST": False}
-    values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
-    binary = compile_for(
-        arch, subnet_grad_kernel, types, values, num_warps=tiles.warps, num_stages=tiles.stages
-    )
-    assert binary.metadata.shared <= min(ARCHS[arch], SMALLEST if arch == 80 else ARCHS[arch])
+def check(binary: Any, arch: int, dtype: torch.dtype) -> None:
+    """It fits, computes fp32 in IEEE precision, and uses Hopper's matrix units."""
+    assert binary.metadata.shared <= ARCHS[arch].memory
     if dtype == torch.float32:
         assert "tf32" not in binary.asm["ptx"]
+    elif not ARCHS[arch].bulk:  # pipelined, 16 bytes at a time
+        assert "cp.async.cg.shared.global" in binary.asm["ptx"]
     elif arch == 90:
-        assert "wgmma" in binary.asm["ptx"]
+        assert "wgmma" in binary.asm["ptx"] and "cp.async.bulk" in binary.asm["ptx"]
+
+
+def tile_type(dtype: str, tokens: int, columns: int, arch: int) -> str:
+    """The type of an operand as load_tile takes it."""
+    return f"tensordesc<{dtype}[{tokens}, {columns}]>" if ARCHS[arch].bulk else f"*{dtype}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", [1, 8, 16])
+@pytest.mark.parametrize("int64", [False, True])
+def test_gather_columns_compiles_and_moves_runs_at_once(arch, group, int64):
+    types = {"x_ptr": "*bf16", "idx_ptr": "*i64", "out_ptr": "*bf16", "stride_t": "i32"}
+    types |= {"T": "i32", "n_runs": "i32"}
+    block_t, block_c, warps = gather._tile(group)
+    values = {"stride_c": 1, "GROUP": group, "BLOCK_T": block_t, "BLOCK_C": block_c}
+    values |= {"INT64": int64}
+    binary = compile_for(arch, gather.gather_columns_kernel, types, values, num_warps=warps)
+    assert f".target sm_{arch}" in binary.asm["ptx"] and binary.asm["cubin"]
+    loads = [line for line in binary.asm["ptx"].splitlines() if "ld.global" in line]
+    widest = "v4.b32" if group > 1 else "b16"  # of x: 16 bytes of a run, or a single neuron
+    assert any(widest in line for line in loads), loads
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", [0, 1, 8], ids=["whole", "single", "runs"])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_subnet_grad_compiles_and_fits(arch, group, dtype):
+    name = NAMES[dtype]
+    tiles = grad._tiles(dtype, group, 512, 512 if group else 64, ARCHS[arch])
+    types = {"idx_ptr": "*i64", "out_ptr": "*fp32"}
+    types |= dict.fromkeys(("T", "M", "N", "T_SPLIT", "stride_dt", "stride_xt"), "i32")
+    types["dy"] = f"*{name}" if group else tile_type(name, tiles.k, tiles.m, arch)
+    types["x"] = tile_type(name, tiles.k, tiles.n, arch)
+    values = {"stride_dc": 1, "stride_xc": 1, "GROUP": group, "INT64": False, "UPCAST": False}
+    values["BULK"] = ARCHS[arch].bulk
+    values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
+    binary = compile_for(
+        arch,
+        grad.subnet_grad_kernel,
+        types,
+        values,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    check(binary, arch, dtype)
+    if group > 1 and dtype != torch.float32:  # the gather is pipelined, 16 bytes at a time
+        assert "cp.async.cg.shared.global" in binary.asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sum_splits_compiles(arch):
     types = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "numel": "i32", "SPLIT": "i32"}
-    assert compile_for(arch, sum_splits_kernel, types, {"BLOCK": 1024}, num_warps=4).asm["cubin"]
+    values = {"BLOCK": 1024}
+    assert compile_for(arch, grad.sum_splits_kernel, types, values, num_warps=4).asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("has_grad", [False, True], ids=["alone", "accumulating"])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
+    name, tiles = NAMES[dtype], importance._tiles(dtype, ARCHS[arch])
+    kept = "bf16" if dtype == torch.bfloat16 else "fp32"
+    types = {"importance_ptr": f"*{kept}", "uncertainty_ptr": f"*{kept}", "grad_ptr": "*fp32"}
+    types |= {"weight_ptr": f"*{name}"} | dict.fromkeys(("T", "M", "N"), "i32")
+    types |= dict.fromkeys(("beta1", "beta2", "scale"), "fp32")
+    types |= dict.fromkeys(("stride_dt", "stride_xt", "stride_wm"), "i32")
+    types["dy"] = tile_type(name, tiles.k, tiles.m, arch)
+    types["x"] = tile_type(name, tiles.k, tiles.n, arch)
+    values = {"VARIANT": 0, "HAS_GRAD": has_grad, "PROGRAMS": 132, "INT64": False}
+    values |= {"stride_dc": 1, "stride_xc": 1, "stride_wn": 1, "BULK": ARCHS[arch].bulk}
+    values |= {"GROUP_M": importance.GROUP_M, "UPCAST": False}
+    values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
+    binary = compile_for(
+        arch,
+        importance.importance_update_kernel,
+        types,
+        values,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    check(binary, arch, dtype)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_write_back_compiles(arch, dtype):
+    types = {"layers_ptr": "*i64", "parts_ptr": "*i32"}
+    types |= {"weight_like": f"*{NAMES[dtype]}", "subnet_like": "*fp32"}
+    values = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    assert compile_for(arch, write_back_kernel, types, values, num_warps=4).asm["cubin"]

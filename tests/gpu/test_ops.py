@@ -68,12 +68,21 @@ def choose(n: int, k: int) -> Tensor:
     return torch.randperm(n, device=DEVICE)[:k].sort().values
 
 
-def gather(x: Tensor, idx: Tensor, impl: str | None) -> Tensor:
-    return torch.ops.losia_pro.gather_columns(x, idx, impl=impl)
+def choose_runs(n: int, k: int, group: int) -> Tensor:
+    """``k`` of ``n`` runs of ``group``."""
+    return (choose(n, k)[:, None] * group + torch.arange(group, device=DEVICE)).flatten()
 
 
-def grad(dy: Tensor, x_sub: Tensor, idx: Tensor, impl: str | None, out_dtype=None) -> Tensor:
-    return torch.ops.losia_pro.subnet_grad(dy, x_sub, idx, out_dtype=out_dtype, impl=impl)
+def gather(x: Tensor, idx: Tensor, impl: str | None, group: int = 1) -> Tensor:
+    return torch.ops.losia_pro.gather_columns(x, idx, group=group, impl=impl)
+
+
+def grad(
+    dy: Tensor, x_sub: Tensor, idx: Tensor, impl: str | None, out_dtype=None, group: int = 1
+) -> Tensor:
+    return torch.ops.losia_pro.subnet_grad(
+        dy, x_sub, idx, group=group, out_dtype=out_dtype, impl=impl
+    )
 
 
 def relative(a: Tensor, truth: Tensor) -> float:
@@ -82,10 +91,13 @@ def relative(a: Tensor, truth: Tensor) -> float:
 
 
 def as_exact_as_pytorch(ours: Tensor, dy: Tensor, x_sub: Tensor, idx: Tensor) -> None:
-    """The error is at most twice that of PyTorch's own result of the same dtypes."""
+    """The error is at most twice that of PyTorch's own product of these operands, and a wider result was
+    never rounded to their dtype on the way."""
     truth = dy.index_select(1, idx).double().T @ x_sub.double()
-    peer = grad(dy, x_sub, idx, "torch", ours.dtype)
+    peer = (dy.index_select(1, idx).T @ x_sub).to(ours.dtype)
     assert relative(ours, truth) <= 2 * relative(peer, truth)
+    if ours.dtype == torch.float32 != dy.dtype:
+        assert relative(ours, truth) <= relative(truth.to(dy.dtype), truth) / 2
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -112,14 +124,35 @@ def test_subnet_grad_is_as_exact_as_pytorch(impl, case, dtype, out_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [2, 8, 16, 24])
+@pytest.mark.parametrize("tokens, runs, n_in", [(8192, 64, 512), (1000, 9, 203), (1, 1, 1)])
+def test_aligned_runs_give_what_single_neurons_give(impl, dtype, group, tokens, runs, n_in):
+    usable("subnet_grad", impl)
+    dy, idx = randn(tokens, group * (3 * runs + 1), dtype=dtype), choose_runs(3 * runs, runs, group)
+    x_sub = randn(tokens, n_in, dtype=dtype)
+    assert torch.equal(gather(dy, idx, impl, group), dy[:, idx])
+    as_exact_as_pytorch(grad(dy, x_sub, idx, impl, group=group), dy, x_sub, idx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, out, n_in", [(8192, 4096, 64), (1000, 777, 172), (1, 1, 1)])
+def test_a_whole_side_needs_no_indices(impl, dtype, tokens, out, n_in):
+    usable("subnet_grad", impl)
+    dy, x_sub = randn(tokens, out, dtype=dtype), randn(tokens, n_in, dtype=dtype)
+    every = torch.arange(out, device=DEVICE)
+    as_exact_as_pytorch(grad(dy, x_sub, every, impl, group=out), dy, x_sub, every)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", [{"fused": True}, {"fused": False}], ids=str)
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_triton_gathering_inside_the_product_is_as_exact(case, dtype):
+def test_each_way_of_the_triton_product_is_as_exact(case, dtype, way):
     usable("subnet_grad", "triton")
     from losia_pro.kernels.launch import subnet_grad
 
     dy, idx = randn(case.tokens, case.out, dtype=dtype), choose(case.out, case.n_out)
     x_sub = randn(case.tokens, case.n_in, dtype=dtype)
-    as_exact_as_pytorch(subnet_grad(dy, x_sub, idx, torch.float32, fused=True), dy, x_sub, idx)
+    as_exact_as_pytorch(subnet_grad(dy, x_sub, idx, torch.float32, **way), dy, x_sub, idx)
 
 
 @pytest.mark.parametrize(
