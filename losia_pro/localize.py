@@ -51,7 +51,7 @@ def localize(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; use one of {STRATEGIES}")
 
-    score = score.to(torch.float64, memory_format=torch.contiguous_format)
+    score = score.double().contiguous()
     group_out = group if n_out < score.shape[0] else 1
     group_in = group if n_in < score.shape[1] else 1
 

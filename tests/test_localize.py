@@ -144,7 +144,7 @@ def test_the_answer_does_not_depend_on_memory_layout(kind, strategy):
         "many ties": torch.randint(3, (48, 80), generator=generator).float(),
         "one value": torch.ones(48, 80),
         # each row and column holds the same entries in another order: only rounding tells the sums apart
-        "sums that round": torch.stack([torch.rand(80, generator=generator).double()] * 48),
+        "sums that round": torch.rand(80, generator=generator, dtype=torch.float64).repeat(48, 1),
     }[kind]
     if kind == "sums that round":
         score = torch.stack([row.roll(i) for i, row in enumerate(score)])

@@ -9,6 +9,7 @@ from torch import nn
 
 import losia_pro
 from losia_pro import LosiaConfig, SubnetLinear
+from losia_pro.discover import repeated_blocks
 
 
 def attach(model, **settings):
@@ -71,11 +72,12 @@ def test_only_the_outermost_repetition_counts():
     """Experts repeat inside each block; the block is the group."""
 
     def mixture():
-        return Holder(router=nn.Linear(8, 4), experts=stack_of(nn.Linear(8, 8), nn.Linear(8, 8)))
+        return Holder(router=nn.Linear(8, 4), experts=stack_of(toys.Block(), toys.Block()))
 
-    inner = ("router", "experts.0", "experts.1")
-    expected = [[f"layers.{i}.{n}" for n in inner] for i in range(2)]
-    assert groups(Holder(layers=stack_of(mixture(), mixture()))) == expected
+    model = Holder(layers=stack_of(mixture(), mixture()))
+    assert repeated_blocks(model) == ["layers.0", "layers.1"]
+    inner = ("router", *pair(0, "experts"), *pair(1, "experts"))
+    assert groups(model) == [[f"layers.{i}.{n}" for n in inner] for i in range(2)]
 
 
 def test_a_container_of_blocks_within_a_container_is_found():
