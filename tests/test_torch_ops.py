@@ -42,21 +42,30 @@ def test_gather_and_gradient_are_those_of_the_reference(tokens, n_out, n_in, dty
         assert torch.equal(got.double(), want)
 
 
-def test_gradients_of_bf16_are_summed_in_fp32():
-    """1 + 300 times 2^-9: in bf16 each addition would leave 1 as it is."""
-    dy = torch.full((301, 1), 2**-9, dtype=torch.bfloat16)
-    dy[0] = 1
-    ones = torch.ones(301, 1, dtype=torch.bfloat16)
-    got = OPS.subnet_grad(dy, ones, torch.tensor([0]), out_dtype=torch.float32)
-    assert float(got) == 1 + 300 * 2**-9
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("op", ["subnet_grad", "importance_update_"])
+def test_gradients_of_bf16_are_neither_summed_nor_rounded_in_bf16(op, autocast):
+    """1 + 301 times 2^-9 has ten bits, bf16 eight; and summed in bf16, 1 would stay as it is."""
+    dy = torch.full((302, 1), 2**-9, dtype=torch.bfloat16)
+    dy[0] = 1
+    ones = torch.ones(302, 1, dtype=torch.bfloat16)
+    importance, uncertainty = torch.zeros(2, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if op == "subnet_grad":
+            got = OPS.subnet_grad(dy, ones, torch.tensor([0]), out_dtype=torch.float32)
+        else:
+            OPS.importance_update_(
+                importance, uncertainty, ones[:1], dy, ones, None, 0.0, 0.0, "first"
+            )
+            got = importance
+    assert float(got) == 1 + 301 * 2**-9
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("earlier", [False, True], ids=["", "earlier gradients"])
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_importance_follows_the_reference_bit_for_bit(dtype, variant, earlier, scale, autocast):
+def test_importance_follows_the_reference_bit_for_bit(dtype, variant, earlier, scale):
     """Two steps, in numbers of which fp32 rounds none."""
     wide = torch.promote_types(dtype, torch.float32)
     weight = integers(5, 6, seed=0, dtype=dtype, step=0.25)
@@ -67,10 +76,9 @@ def test_importance_follows_the_reference_bit_for_bit(dtype, variant, earlier, s
         x = integers(4, 6, seed=10 * step + 1, dtype=dtype)
         grad = integers(5, 6, seed=10 * step + 2, dtype=wide) if earlier else None
         kept = None if grad is None else grad.clone()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            OPS.importance_update_(
-                importance, uncertainty, weight, dy, x, grad, 0.5, 0.75, variant, scale=scale
-            )
+        OPS.importance_update_(
+            importance, uncertainty, weight, dy, x, grad, 0.5, 0.75, variant, scale=scale
+        )
         assert grad is None or torch.equal(grad, kept)
 
         g = reference.dense_gradient(dy.double(), x.double())
