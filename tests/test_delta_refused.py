@@ -238,17 +238,17 @@ def test_a_damaged_header_is_refused_or_harmless(form, valid, tmp_path):
     model, expected = base(), valid[form].tuned.state_dict()
     untouched = copy.deepcopy(model.state_dict())
     for i in range(header):
-        for byte in (whole[i] ^ 1 << dice.randrange(8), dice.randrange(256)):
-            path.write_bytes(whole[:i] + bytes([byte]) + whole[i + 1 :])
-            try:
-                losia_pro.load_delta(model, path)
-            except ValueError:
-                toys.equal_bits(model.state_dict(), untouched)
-            else:
-                toys.equal_bits(model.state_dict(), expected)
-                model.load_state_dict(untouched)
-                harmless += 1
-    assert harmless < header  # the settings that it records, mostly
+        byte = dice.choice((whole[i] ^ 1 << dice.randrange(8), dice.randrange(256)))
+        path.write_bytes(whole[:i] + bytes([byte]) + whole[i + 1 :])
+        try:
+            losia_pro.load_delta(model, path)
+        except ValueError:
+            toys.equal_bits(model.state_dict(), untouched)
+        else:
+            toys.equal_bits(model.state_dict(), expected)
+            model.load_state_dict(untouched)
+            harmless += 1
+    assert harmless < header / 2  # in the settings that it records, which loading does not read
 
 
 def test_what_is_no_delta_is_refused(tmp_path):
