@@ -206,3 +206,17 @@ def test_a_copy_sees_when_its_own_subnet_is_not_written():
     with torch.no_grad():
         other.subnet.add_(1)
     assert other._written < other.subnet._version
+
+
+def test_a_profile_follows_its_layer_once_that_is_converted():
+    class Sink:
+        def add(self, dy: Tensor, x: Tensor) -> None: ...
+
+        def follow(self) -> None:
+            seen.append((layer.weight.dtype, layer.subnet.dtype))
+
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    layer = trained()
+    layer.profile = Sink()
+    layer.double()
+    assert seen == [(torch.float64, torch.float64)]
