@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .profile import Profile
+from .selection import select_together
 
 if TYPE_CHECKING:
     from .controller import Losia
@@ -39,6 +40,7 @@ SETTINGS = (
     "beta2",
     "rewarm",
     "neuron_group",
+    "share_inputs",
 )
 KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
@@ -106,9 +108,14 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     losia.history = [Reselection(*r) for r in state["history"]]
     losia.base_digest = state["base_digest"]
     losia._calibrated = True
+    saved = state["modules"]
+    for names in losia.sets:
+        modules = [losia.modules[n] for n in names]
+        device = modules[0].weight.device
+        out_idx = [saved[n]["out_idx"].to(device) for n in names]
+        select_together(modules, out_idx, saved[names[0]]["in_idx"].to(device))
     for name, m in losia.modules.items():
-        s, device = state["modules"][name], m.weight.device
-        m.select(s["out_idx"].to(device), s["in_idx"].to(device))
+        s = saved[name]
         m.subnet.copy_(s["subnet"])
         losia._touched[name] = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
         m.profile = None

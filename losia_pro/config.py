@@ -35,7 +35,8 @@ class LosiaConfig:
         beta1, beta2: smoothing of importance and of uncertainty, in [0, 1).
         rewarm: rewarm the learning rate of a moved group.
         neuron_group: choose neurons in aligned runs of this many; sizes are rounded down to whole runs.
-        share_inputs: one ``X_S`` for linears that read the same input.
+        share_inputs: one ``X_S`` for linears of a block that read the same input (q, k, v; gate, up): gathered
+            and kept once. Found in one forward on the model's ``dummy_inputs``, or ``attach``'s example.
         train_bias: also train the biases of the targeted linears, in full and in their own dtype.
         impl: "torch", "triton", "cuda", or None for the best available on each device.
         seed: of the random first subnets; the same on every rank and device.
@@ -78,8 +79,6 @@ class LosiaConfig:
             value = getattr(self, name)
             if not any(type(value) is type(a) and value == a for a in allowed):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        if self.share_inputs:
-            raise ValueError("share_inputs=True is not implemented yet; use share_inputs=False")
         patterns = self.target_modules
         if patterns is not None and not isinstance(patterns, str):
             names = tuple(patterns) if isinstance(patterns, Iterable) else ()

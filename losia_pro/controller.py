@@ -14,18 +14,22 @@ from . import checkpoint, delta
 from .calibrate import calibrate
 from .checkpoint import Reselection
 from .config import LosiaConfig
+from .convert import convert, replace
 from .discover import check_weights, find_targets, subnet_sizes
+from .inputs import find_shared_inputs
 from .linear import SubnetLinear
-from .profile import Profile, relocate
+from .profile import Move, Profile, relocate
 from .schedule import Schedule
 
 
-def attach(model: nn.Module, config: LosiaConfig | None = None) -> Losia:
+def attach(model: nn.Module, config: LosiaConfig | None = None, *, example: Any = None) -> Losia:
     """Swap the targeted ``nn.Linear`` of ``model`` for ``SubnetLinear``, in place, and freeze the rest.
 
     Args:
         model: any module whose weights are loaded; its repeated blocks become the schedule's groups.
         config: sizes and schedule; ``LosiaConfig()`` if None.
+        example: for ``share_inputs``, what the model is called with: a mapping, or a sequence of arguments;
+            a Hugging Face model brings its own.
 
     Returns:
         The controller: an optimizer takes ``losia.parameters()``, then ``losia.bind(optimizer)``.
@@ -34,7 +38,7 @@ def attach(model: nn.Module, config: LosiaConfig | None = None) -> Losia:
         ValueError: nothing to adapt, a pattern that matches nothing, a layer too small to slice, weights
             on the meta device or shared between targets, an attached model. The model is then untouched.
     """
-    return Losia(model, config or LosiaConfig())
+    return Losia(model, config or LosiaConfig(), example)
 
 
 class Losia:
@@ -43,19 +47,22 @@ class Losia:
     Attributes:
         modules: the adapted linears by name.
         groups: their names, one list a group of the schedule.
+        sets: their names, one list for those that share their inputs; one that shares none is alone.
         schedule: who is profiled and moved when.
         step: how many optimizer steps have been made.
         history: every re-selection so far.
     """
 
-    def __init__(self, model: nn.Module, config: LosiaConfig) -> None:
+    def __init__(self, model: nn.Module, config: LosiaConfig, example: Any = None) -> None:
         targets = find_targets(model, config)
         linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
         sizes = subnet_sizes(linears, targets.head, config)
         check_weights(linears)
+        shared = find_shared_inputs(model, targets, example) if config.share_inputs else []
 
         self.model, self.config = model, config
         self.groups = targets.groups
+        self.sets = shared + [[n] for n in linears if not any(n in names for names in shared)]
         self.schedule = Schedule(len(self.groups), config.period, config.schedule == "sync")
         self.step = 0
         self.history: list[Reselection] = []
@@ -70,20 +77,8 @@ class Losia:
         self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
 
         model.requires_grad_(False)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.modules: dict[str, SubnetLinear] = {}
-        for name, linear in linears.items():
-            n_out, n_in = sizes[name]
-            self.modules[name] = SubnetLinear.from_linear(
-                linear,  # type: ignore[arg-type]
-                n_out=n_out,
-                n_in=n_in,
-                train_bias=config.train_bias,
-                mode=config.mode,
-                impl=config.impl,
-                generator=generator,
-            )
-        _replace(model, {id(linears[n]): self.modules[n] for n in linears})
+        self.modules = convert(linears, sizes, self.sets, config)
+        replace(model, {id(linears[n]): self.modules[n] for n in linears})
         self._forget_touched()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -201,15 +196,17 @@ class Losia:
 
     def _reselect(self, group: int) -> None:
         """Move a profiled group's subnets to where its score is, and start their optimizer state afresh."""
-        for name, module in self.group_modules(group).items():
-            move = relocate(module, self.config)
-            if move is None:  # no gradient came: nothing speaks for another place
-                self.history.append(Reselection(self.step, group, name, 0.0, 1.0))
+        for names in self.sets:
+            if names[0] not in self.groups[group]:
                 continue
-            self.history.append(Reselection(self.step, group, name, *move))
-            self._touched[name].append(_pair(module))
-            if self._optimizer is not None:
-                self._optimizer.state.pop(module.subnet, None)
+            moves = relocate([self.modules[n] for n in names], self.config)
+            for name, move in zip(names, moves or [Move(0.0, 1.0)] * len(names), strict=True):
+                self.history.append(Reselection(self.step, group, name, *move))
+                if moves is None:  # no gradient came: nothing speaks for another place
+                    continue
+                self._touched[name].append(_pair(self.modules[name]))
+                if self._optimizer is not None:
+                    self._optimizer.state.pop(self.modules[name].subnet, None)
 
     def _forget_touched(self) -> None:
         """Record that the subnets have been nowhere but where they are."""
@@ -285,19 +282,11 @@ class Losia:
             module = self.modules[name]
             linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
             linear.train(module.training)
-        _replace(self.model, {id(self.modules[n]): m for n, m in self._original.items()})
+        replace(self.model, {id(self.modules[n]): m for n, m in self._original.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
             parameter.grad = None
         return self.model
-
-
-def _replace(model: nn.Module, new: dict[int, Any]) -> None:
-    """Put modules in the place of others, wherever they stand (a shared module stands in several)."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in new:
-                setattr(parent, name, new[id(child)])
 
 
 def _pair(module: SubnetLinear) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_ops
+from .shared import SharedInputs
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -33,6 +34,8 @@ def subnet_linear(
     impl: str | None = None,
     mode: str = "pro",
     profile: GradientSink | None = None,
+    groups: tuple[int, int] = (1, 1),
+    shared: SharedInputs | None = None,
 ) -> Tensor:
     """A linear layer whose trainable part is the block ``weight[out_idx][:, in_idx]``.
 
@@ -53,6 +56,9 @@ def subnet_linear(
         impl: which kernels: "torch", "triton", "cuda" or None for the best available.
         mode: "pro", or "dense": form the full gradient and slice it (plain LoSiA).
         profile: receives ``dy`` and ``x`` in the backward; ``x`` is then kept whole.
+        groups: ``out_idx`` and ``in_idx`` come in aligned runs of this many, which kernels rely on; the number
+            of outputs or inputs itself where all of them are chosen, in order.
+        shared: gathers ``x[:, X_S]`` once for linears with this ``in_idx`` that are given the same ``x``.
 
     Returns:
         ``(..., out)``, bit for bit ``F.linear(x, weight, bias)``; autocast is honoured.
@@ -79,6 +85,7 @@ def subnet_linear(
         raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    given = x
     if torch_ops.autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
 
@@ -92,14 +99,23 @@ def subnet_linear(
     flat = x.detach().reshape(-1, x.shape[-1])
     x_sub = x_whole = None
     if wants_subnet and mode == "pro":
-        x_sub = torch.ops.losia_pro.gather_columns(flat, in_idx, impl=impl)
+
+        def gather(flat: Tensor) -> Tensor:
+            return torch.ops.losia_pro.gather_columns(flat, in_idx, group=groups[1], impl=impl)  # type: ignore[no-any-return]
+
+        if groups[1] == flat.shape[1]:
+            x_sub = flat
+        else:
+            x_sub = gather(flat) if shared is None else shared.columns(given, flat, gather)
     if wants_weight or profile is not None or mode == "dense":
         x_whole = flat
     early = None
     if (hooks := _saved_tensors_hooks()) is not None:
         kept = weight if _wants_grad(x) else None
         early = _SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
-    inputs = (x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early)
+    inputs = (
+        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, groups[0], profile, early
+    )  # fmt: skip
     return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
 
 
@@ -126,6 +142,7 @@ class _SubnetLinear(torch.autograd.Function):
         x_sub: Tensor | None,
         x_whole: Tensor | None,
         impl: str | None,
+        out_group: int,
         profile: GradientSink | None,
         early: _SavedEarly | None,
     ) -> Tensor:
@@ -133,14 +150,14 @@ class _SubnetLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, profile, early = inputs
+        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole = inputs[:8]
+        ctx.impl, ctx.out_group, ctx.profile, early = inputs[8:]
         ctx.early = early
         if early is None:
             kept_weight = weight if _wants_grad(x) else None
             ctx.save_for_backward(kept_weight, out_idx, in_idx, x_sub, x_whole)
         ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.impl, ctx.profile = impl, profile
         eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         ctx.trained = (weight, subnet) if eager else None
 
@@ -155,7 +172,12 @@ class _SubnetLinear(torch.autograd.Function):
             dx = dy @ weight.to(dy.dtype)
         if wants_subnet and x_sub is not None:
             d_subnet = torch.ops.losia_pro.subnet_grad(
-                flat, x_sub, out_idx, out_dtype=ctx.subnet_dtype, impl=ctx.impl
+                flat,
+                x_sub,
+                out_idx,
+                group=ctx.out_group,
+                out_dtype=ctx.subnet_dtype,
+                impl=ctx.impl,
             )
         elif wants_subnet:
             dense = torch_ops.product(flat, x_whole, ctx.subnet_dtype)
@@ -169,7 +191,7 @@ class _SubnetLinear(torch.autograd.Function):
         grads = dx, d_weight, d_subnet, d_bias
         if torch.is_grad_enabled() and ctx.trained is not None:
             grads = _Once.apply(*ctx.trained, dy, *grads)
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
 
 _ONCE = (

@@ -15,6 +15,8 @@ from .config import subnet_size
 from .functional import GradientSink, subnet_linear
 from .guard import RecomputeGuard
 from .ops import compact_dtype
+from .selection import random_neurons, select_together
+from .shared import SharedInputs
 
 
 class SubnetLinear(nn.Linear):
@@ -61,16 +63,21 @@ class SubnetLinear(nn.Linear):
         rank_factor: float = 1 / 8,
         n_out: int | None = None,
         n_in: int | None = None,
+        neuron_group: int = 1,
+        shared: SharedInputs | None = None,
         train_bias: bool = False,
         mode: str = "pro",
         impl: str | None = None,
         generator: torch.Generator | None = None,
     ) -> SubnetLinear:
-        """Convert a linear; the result shares its ``weight`` and ``bias`` parameters and freezes them.
+        """Convert a linear; the result shares its ``weight`` and ``bias`` parameters and freezes them, and
+        its hooks run.
 
         Args:
             linear: the layer, of any float dtype, on any device but meta.
             rank_factor, n_out, n_in: the subnet's size; ``n_out`` and ``n_in`` override the factor.
+            neuron_group: neurons are chosen in aligned runs of this many, unless all are.
+            shared: the inputs, for linears that have them in common.
             train_bias: leave the bias trainable, in its own dtype.
             mode: "pro" or "dense"; see ``subnet_linear``.
             impl: which kernels; see ``subnet_linear``.
@@ -80,26 +87,43 @@ class SubnetLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.__dict__.update({k: v for k, v in linear.__dict__.items() if "_hook" in k})
         self.train(linear.training)
-        self._make_subnet(*_sizes(linear, rank_factor, n_out, n_in), generator)
+        self._make_subnet(
+            *_sizes(linear, rank_factor, n_out, n_in), generator, neuron_group, shared
+        )
         self.mode, self.impl = mode, impl
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
         return self
 
-    def _make_subnet(self, n_out: int, n_in: int, generator: torch.Generator | None) -> None:
+    def _make_subnet(
+        self,
+        n_out: int,
+        n_in: int,
+        generator: torch.Generator | None,
+        neuron_group: int = 1,
+        shared: SharedInputs | None = None,
+    ) -> None:
         self.mode = "pro"
         self.impl: str | None = None
         self.profile: GradientSink | None = None
+        self.shared = shared
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for name, n, size in (
-            ("out_idx", n_out, self.out_features),
-            ("in_idx", n_in, self.in_features),
-        ):
-            idx = torch.randperm(size, generator=generator, device="cpu")[:n].sort().values
+        whole_out, whole_in = n_out == self.out_features, n_in == self.in_features
+        self.groups = (
+            self.out_features if whole_out else neuron_group,
+            self.in_features if whole_in else neuron_group,
+        )
+        out_idx = random_neurons(self.out_features, n_out, self.groups[0], generator)
+        if shared is None:
+            in_idx = random_neurons(self.in_features, n_in, self.groups[1], generator)
+        else:
+            in_idx = shared.on(self.weight.device)
+        for name, idx in (("out_idx", out_idx), ("in_idx", in_idx)):
             self.register_buffer(name, idx.to(self.weight.device), persistent=False)
         self.subnet = nn.Parameter(self._block())
         self._written = self.subnet._version
@@ -127,30 +151,25 @@ class SubnetLinear(nn.Linear):
             impl=self.impl,
             mode=self.mode,
             profile=self.profile,
+            groups=self.groups,
+            shared=self.shared,
         )
 
-    @torch.no_grad()
     def select(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet to other entries: their values come from the dense weight, except that entries
         which stay keep their exact compact value. Not an optimizer's state: see ``Losia.bind``.
 
         Args:
-            out_idx, in_idx: int64, distinct, on the weight's device, of the present sizes; any order.
+            out_idx, in_idx: int64, distinct, on the weight's device, of the present sizes, in aligned runs
+                where the layer has them; any order.
 
         Raises:
-            ValueError: wrong size, dtype, device, range, or duplicates; nothing has changed then.
+            ValueError: wrong size, dtype, device, range, duplicates or no runs; inputs that are shared with
+                other linears (``select_together`` moves them all). Nothing has changed then.
         """
-        out_idx = _checked("out_idx", out_idx, self.out_idx, self.out_features)
-        in_idx = _checked("in_idx", in_idx, self.in_idx, self.in_features)
-        self.write_back()
-        rows, rows_stay = _positions(out_idx, self.out_idx)
-        columns, columns_stay = _positions(in_idx, self.in_idx)
-        exact = self.subnet[rows[:, None], columns]
-        self.out_idx.copy_(out_idx)
-        self.in_idx.copy_(in_idx)
-        self._guard.selected()
-        self.subnet.copy_(torch.where(rows_stay[:, None] & columns_stay, exact, self._block()))
-        self._written = self.subnet._version
+        if self.shared is not None and not torch.equal(in_idx.sort().values, self.in_idx):
+            raise ValueError("in_idx is shared with other linears; select_together moves them all")
+        select_together([self], [out_idx], in_idx)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -222,7 +241,8 @@ class SubnetLinear(nn.Linear):
             )
         self.subnet.data = subnet.to(device, dtype)
         self.subnet.grad = None if grad is None else grad.to(device, dtype)
-        self.out_idx, self.in_idx = out_idx.to(device), in_idx.to(device)
+        self.out_idx = out_idx.to(device)
+        self.in_idx = in_idx.to(device) if self.shared is None else self.shared.on(device)
         if self.profile is not None:
             self.profile.follow()
         return self
@@ -244,28 +264,6 @@ def _sizes(
             f"{n_out} outputs; choose larger factors or leave the layer out"
         )
     return n_out, n_in
-
-
-def _checked(name: str, idx: Tensor, current: Tensor, size: int) -> Tensor:
-    """Sorted indices, or a ValueError that says what is wrong with them."""
-    if idx.dtype != torch.int64 or idx.shape != current.shape:
-        raise ValueError(
-            f"{name} must be int64 of shape {tuple(current.shape)}, got {idx.dtype} {tuple(idx.shape)}"
-        )
-    if idx.device != current.device:
-        raise ValueError(f"{name} must be on {current.device}, got {idx.device}")
-    idx = idx.sort().values
-    if int(idx[0]) < 0 or int(idx[-1]) >= size:
-        raise ValueError(f"{name} must be within [0, {size}), got {int(idx[0])}..{int(idx[-1])}")
-    if bool((idx[1:] == idx[:-1]).any()):
-        raise ValueError(f"{name} holds duplicates; each neuron can be chosen once")
-    return idx
-
-
-def _positions(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of ``new``, where it stands in the sorted ``old`` (clamped), and whether it is there."""
-    at = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
-    return at, old[at] == new
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,49 +35,72 @@ def localize(
     Raises:
         ValueError: for a size, strategy or group that does not fit, or a score that is not finite.
     """
-    if score.dim() != 2 or not score.is_floating_point():
-        raise ValueError(
-            f"score must be a floating-point matrix (out, in), got {score.dtype} {tuple(score.shape)}"
-        )
+    (out_idx,), in_idx = localize_together([score], [n_out], n_in, strategy, group)
+    return out_idx, in_idx
+
+
+def localize_together(
+    scores: Sequence[Tensor],
+    n_out: Sequence[int],
+    n_in: int,
+    strategy: str = "best",
+    group: int = 1,
+) -> tuple[list[Tensor], Tensor]:
+    """The same for linears that share their inputs: rows for each, one set of columns for all of them.
+
+    It is ``localize`` on the scores one below the other, with so many rows from each.
+    """
     if group < 1:
         raise ValueError(f"group must be >= 1, got {group!r}")
-    for what, n, size in (
-        ("n_out", n_out, score.shape[0]),
-        ("n_in", n_in, score.shape[1]),
-    ):
-        if not 1 <= n <= size:
-            raise ValueError(f"{what} must be between 1 and {size}, got {n}")
-        if n < size and n % group:
-            raise ValueError(f"{what} = {n} of {size} is not a multiple of group = {group}")
+    for score, n in zip(scores, n_out, strict=True):
+        if score.dim() != 2 or not score.is_floating_point():
+            raise ValueError(
+                f"score must be a floating-point matrix (out, in), got {score.dtype} {tuple(score.shape)}"
+            )
+        _check_size("n_out", n, score.shape[0], group)
+        _check_size("n_in", n_in, score.shape[1], group)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; use one of {STRATEGIES}")
 
-    score = score.double().contiguous()
-    group_out = group if n_out < score.shape[0] else 1
-    group_in = group if n_in < score.shape[1] else 1
+    exact = [score.double().contiguous() for score in scores]
 
-    def rows(s: Tensor) -> Tensor:
-        return _top(s.sum(1), n_out, group_out)
+    def rows(parts: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            _top(s.sum(1), n, group if n < len(s) else 1) for s, n in zip(parts, n_out, strict=True)
+        ]
 
-    def columns(s: Tensor) -> Tensor:
-        return _top(s.sum(0), n_in, group_in)
+    def columns(parts: Sequence[Tensor]) -> Tensor:
+        sums = torch.stack([s.sum(0) for s in parts]).sum(0)
+        return _top(sums, n_in, group if n_in < len(sums) else 1)
 
     answers = []
     if strategy in ("rows", "best"):
-        out_idx = rows(score)
-        answers.append((out_idx, columns(score[out_idx])))
+        out_idx = rows(exact)
+        answers.append((out_idx, columns([s[o] for s, o in zip(exact, out_idx, strict=True)])))
     if strategy in ("columns", "best"):
-        in_idx = columns(score)
-        answers.append((rows(score[:, in_idx]), in_idx))
+        in_idx = columns(exact)
+        answers.append((rows([s[:, in_idx] for s in exact]), in_idx))
     if strategy in ("independent", "best"):
-        answers.append((rows(score), columns(score)))
+        answers.append((rows(exact), columns(exact)))
 
-    total, *kept = torch.stack([score.sum(), *(score[o][:, i].sum() for o, i in answers)]).tolist()
+    def kept(out_idx: Sequence[Tensor], in_idx: Tensor) -> Tensor:
+        parts = [s[o][:, in_idx].sum() for s, o in zip(exact, out_idx, strict=True)]
+        return torch.stack(parts).sum()
+
+    everything = torch.stack([s.sum() for s in exact]).sum()
+    total, *shares = torch.stack([everything, *(kept(*answer) for answer in answers)]).tolist()
     if not math.isfinite(total):
         raise ValueError(
             "score has entries that are not finite: did the loss overflow while profiling?"
         )
-    return answers[kept.index(max(kept))]
+    return answers[shares.index(max(shares))]
+
+
+def _check_size(what: str, n: int, size: int, group: int) -> None:
+    if not 1 <= n <= size:
+        raise ValueError(f"{what} must be between 1 and {size}, got {n}")
+    if n < size and n % group:
+        raise ValueError(f"{what} = {n} of {size} is not a multiple of group = {group}")
 
 
 def _top(sums: Tensor, n: int, group: int) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference, torch_ops
 from .config import LosiaConfig
-from .localize import localize
+from .localize import localize_together
+from .selection import select_together
 
 if TYPE_CHECKING:
     from .linear import SubnetLinear
@@ -107,23 +109,37 @@ def importance_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if weight.itemsize == 2 else ops.compact_dtype(weight)
 
 
-def relocate(module: SubnetLinear, config: LosiaConfig) -> tuple[float, float] | None:
-    """Move a profiled linear's subnet to where its score is, and end its profile.
+class Move(NamedTuple):
+    """``score_kept``: share of the linear's whole score that its new subnet holds; ``overlap``: share of the new
+    subnet's entries that were in the last one."""
+
+    score_kept: float
+    overlap: float
+
+
+def relocate(modules: Sequence[SubnetLinear], config: LosiaConfig) -> list[Move] | None:
+    """Move the subnets of profiled linears that share their inputs (one that shares none is alone) to where their
+    score is, and end their profiles.
 
     Returns:
-        The share of the score that the new subnet keeps, and the share of its entries that were in the
-        last one; None, with nothing moved, if there is no score at all.
+        A move for each; None, with nothing moved, if there is no score at all.
     """
-    assert isinstance(module.profile, Profile)
-    score = module.profile.score()
-    module.profile = None
-    total = float(score.sum(dtype=torch.float64))
-    if total == 0:
+    scores = []
+    for module in modules:
+        assert isinstance(module.profile, Profile)
+        scores.append(module.profile.score())
+        module.profile = None
+    totals = [float(score.sum(dtype=torch.float64)) for score in scores]
+    if not any(totals):
         return None
-    old_out, old_in = module.out_idx.clone(), module.in_idx.clone()
-    n_out, n_in = module.subnet.shape
-    out_idx, in_idx = localize(score, n_out, n_in, config.strategy, config.neuron_group)
-    module.select(out_idx, in_idx)
-    kept = float(score[out_idx][:, in_idx].sum(dtype=torch.float64))
-    same = int(torch.isin(out_idx, old_out).sum()) * int(torch.isin(in_idx, old_in).sum())
-    return kept / total, same / module.subnet.numel()
+    last = [(m.out_idx.clone(), m.in_idx.clone()) for m in modules]
+    n_out, n_in = [m.subnet.shape[0] for m in modules], modules[0].subnet.shape[1]
+    out_idx, in_idx = localize_together(scores, n_out, n_in, config.strategy, config.neuron_group)
+    select_together(modules, out_idx, in_idx)
+    moves = []
+    for module, score, total, (old_out, old_in) in zip(modules, scores, totals, last, strict=True):
+        kept = float(score[module.out_idx][:, in_idx].sum(dtype=torch.float64))
+        rows, columns = torch.isin(module.out_idx, old_out), torch.isin(in_idx, old_in)
+        same = int(rows.sum()) * int(columns.sum())
+        moves.append(Move(kept / total if total else 0.0, same / module.subnet.numel()))
+    return moves

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "losia_pro"
 
 # From the bottom up: a room imports rooms of lower floors only.
 FLOORS: list[tuple[str, ...]] = [
-    ("config", "guard", "localize", "reference", "schedule"),
+    ("config", "guard", "localize", "reference", "schedule", "selection", "shared"),
     ("torch_ops",),
     ("_cuda", "kernels"),
     ("_cuda_ops",),
@@ -27,7 +27,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("functional",),
     ("profile",),
     ("linear",),
-    ("delta", "discover"),
+    ("convert", "delta", "discover"),
+    ("inputs",),
     ("calibrate", "checkpoint"),
     ("controller",),
     ("__init__",),

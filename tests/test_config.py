@@ -53,11 +53,6 @@ def test_a_wrong_value_is_refused_by_name_and_shown(name, value):
         LosiaConfig(**{name: value})
 
 
-def test_shared_inputs_are_refused_until_they_exist():
-    with pytest.raises(ValueError, match="share_inputs=True is not implemented yet"):
-        LosiaConfig(share_inputs=True)
-
-
 ACCEPTED = {
     "ends": {"rank_factor": 1, "output_factor": 1, "beta1": 0, "beta2": 0.0, "period": 1},
     "other ends": {"rank_factor": 1e-6, "in_factor": 1, "out_factor": 1.0, "seed": 2**64 - 1},

@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
+from ops_tools import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    as_exact_as_pytorch,
+    choose,
+    gather,
+    grad,
+    randn,
+    relative,
+    usable,
+)  # fmt: skip
 from torch import Tensor
 
-from losia_pro import ops, reference, subnet_linear
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICE = "cuda"
-
-
-class Case(NamedTuple):
-    tokens: int
-    out: int  # columns of dy; the gather's x has as many
-    n_out: int
-    n_in: int
-
-    def __str__(self) -> str:
-        return f"T{self.tokens}-{self.n_out}of{self.out}-x{self.n_in}"
-
-
-CASES = [
-    Case(256, 512, 64, 128),  # aligned
-    Case(8192, 4096, 512, 512),  # one of LLaMA-2 7B
-    Case(4096, 11008, 1376, 512),
-    Case(1000, 777, 97, 203),  # odd
-    Case(37, 1030, 1030, 5),  # all, more than a block
-    Case(1, 1, 1, 1),
-    Case(33, 64, 64, 1),
-    Case(0, 16, 4, 4),  # empty
-    Case(8, 16, 0, 4),
-    Case(8, 16, 4, 0),
-]
-
-
-@pytest.fixture(params=ops.IMPLS)
-def impl(request, monkeypatch):
-    """Each implementation; buffers that it must fill start as NaN."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    return request.param
-
-
-def usable(op: str, impl: str) -> str:
-    """``impl``, if it can run ``op``; else the test is skipped and says why."""
-    (why,) = (reason for name, _, reason in ops.explain(op, DEVICE) if name == impl)
-    if why:
-        pytest.skip(why)
-    return impl
-
-
-def randn(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*size, device=DEVICE).to(dtype)
-
-
-def choose(n: int, k: int) -> Tensor:
-    return torch.randperm(n, device=DEVICE)[:k].sort().values
-
-
-def choose_runs(n: int, k: int, group: int) -> Tensor:
-    """``k`` of ``n`` runs of ``group``."""
-    return (choose(n, k)[:, None] * group + torch.arange(group, device=DEVICE)).flatten()
-
-
-def gather(x: Tensor, idx: Tensor, impl: str | None, group: int = 1) -> Tensor:
-    return torch.ops.losia_pro.gather_columns(x, idx, group=group, impl=impl)
-
-
-def grad(
-    dy: Tensor, x_sub: Tensor, idx: Tensor, impl: str | None, out_dtype=None, group: int = 1
-) -> Tensor:
-    return torch.ops.losia_pro.subnet_grad(
-        dy, x_sub, idx, group=group, out_dtype=out_dtype, impl=impl
-    )
-
-
-def relative(a: Tensor, truth: Tensor) -> float:
-    assert a.shape == truth.shape
-    return float((a.double() - truth).norm() / truth.norm().clamp_min(1e-300))
-
-
-def as_exact_as_pytorch(ours: Tensor, dy: Tensor, x_sub: Tensor, idx: Tensor) -> None:
-    """The error is at most twice that of PyTorch's own product of these operands, and a wider result was
-    never rounded to their dtype on the way."""
-    truth = dy.index_select(1, idx).double().T @ x_sub.double()
-    peer = (dy.index_select(1, idx).T @ x_sub).to(ours.dtype)
-    assert relative(ours, truth) <= 2 * relative(peer, truth)
-    if ours.dtype == torch.float32 != dy.dtype:
-        assert relative(ours, truth) <= relative(truth.to(dy.dtype), truth) / 2
+from losia_pro import reference, subnet_linear
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -121,26 +42,6 @@ def test_subnet_grad_is_as_exact_as_pytorch(impl, case, dtype, out_dtype):
     if not case.tokens:
         assert not ours.any()
     as_exact_as_pytorch(ours, dy, x_sub, idx)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [2, 8, 16, 24])
-@pytest.mark.parametrize("tokens, runs, n_in", [(8192, 64, 512), (1000, 9, 203), (1, 1, 1)])
-def test_aligned_runs_give_what_single_neurons_give(impl, dtype, group, tokens, runs, n_in):
-    usable("subnet_grad", impl)
-    dy, idx = randn(tokens, group * (3 * runs + 1), dtype=dtype), choose_runs(3 * runs, runs, group)
-    x_sub = randn(tokens, n_in, dtype=dtype)
-    assert torch.equal(gather(dy, idx, impl, group), dy[:, idx])
-    as_exact_as_pytorch(grad(dy, x_sub, idx, impl, group=group), dy, x_sub, idx)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, out, n_in", [(8192, 4096, 64), (1000, 777, 172), (1, 1, 1)])
-def test_a_whole_side_needs_no_indices(impl, dtype, tokens, out, n_in):
-    usable("subnet_grad", impl)
-    dy, x_sub = randn(tokens, out, dtype=dtype), randn(tokens, n_in, dtype=dtype)
-    every = torch.arange(out, device=DEVICE)
-    as_exact_as_pytorch(grad(dy, x_sub, every, impl, group=out), dy, x_sub, every)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,74 @@
+"""Which neurons a subnet has: at random at first, then moved, its exact values kept where it stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .linear import SubnetLinear
+
+
+@torch.no_grad()
+def select_together(
+    modules: Sequence[SubnetLinear], out_idx: Sequence[Tensor], in_idx: Tensor
+) -> None:
+    """``SubnetLinear.select`` for all the linears that share their inputs; one that shares none is alone."""
+    rows = [
+        _checked("out_idx", idx, m.out_idx, m, 0) for m, idx in zip(modules, out_idx, strict=True)
+    ]
+    columns = [_checked("in_idx", in_idx, m.in_idx, m, 1) for m in modules]
+    kept = []
+    for m, out, into in zip(modules, rows, columns, strict=True):
+        m.write_back()
+        at_row, row_stays = _positions(out, m.out_idx)
+        at_column, column_stays = _positions(into, m.in_idx)
+        kept.append((m.subnet[at_row[:, None], at_column], row_stays[:, None] & column_stays))
+    for m, out, into, (exact, stays) in zip(modules, rows, columns, kept, strict=True):
+        m.out_idx.copy_(out)
+        m.in_idx.copy_(into)
+        m._guard.selected()
+        m.subnet.copy_(torch.where(stays, exact, m._block()))
+        m._written = m.subnet._version
+
+
+def random_neurons(
+    size: int, n: int, group: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """``n`` of ``size`` neurons in aligned runs of ``group``, sorted, on the CPU."""
+    runs = torch.randperm(size // group, generator=generator, device="cpu")[: n // group]
+    runs = runs.sort().values
+    return runs if group == 1 else (runs[:, None] * group + torch.arange(group)).flatten()
+
+
+def _checked(name: str, idx: Tensor, current: Tensor, module: SubnetLinear, side: int) -> Tensor:
+    """Sorted indices, or a ValueError that says what is wrong with them."""
+    size, group = module.weight.shape[side], module.groups[side]
+    if idx.dtype != torch.int64 or idx.shape != current.shape:
+        raise ValueError(
+            f"{name} must be int64 of shape {tuple(current.shape)}, got {idx.dtype} {tuple(idx.shape)}"
+        )
+    if idx.device != current.device:
+        raise ValueError(f"{name} must be on {current.device}, got {idx.device}")
+    idx = idx.sort().values
+    if int(idx[0]) < 0 or int(idx[-1]) >= size:
+        raise ValueError(f"{name} must be within [0, {size}), got {int(idx[0])}..{int(idx[-1])}")
+    if bool((idx[1:] == idx[:-1]).any()):
+        raise ValueError(f"{name} holds duplicates; each neuron can be chosen once")
+    if group > 1:
+        first = idx[::group, None]
+        runs = first + torch.arange(group, device=idx.device)
+        if bool((first % group).any()) or not torch.equal(runs.flatten(), idx):
+            raise ValueError(
+                f"{name} must be aligned runs of {group} neurons, got {idx.tolist()[:9]}..."
+            )
+    return idx
+
+
+def _positions(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of ``new``, where it stands in the sorted ``old`` (clamped), and whether it is there."""
+    at = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+    return at, old[at] == new
