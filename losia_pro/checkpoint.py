@@ -54,7 +54,8 @@ def state_of(losia: Losia) -> dict[str, Any]:
             "out_idx": m.out_idx.clone(),
             "in_idx": m.in_idx.clone(),
             "subnet": m.subnet.detach().clone(),
-            "touched": [list(pair) for pair in losia._touched[name]],
+            "touched": [list(pair) for pair in losia.touched(name)],
+            "loaded_bias": m.loaded_bias,
         }
         if isinstance(m.profile, Profile):
             modules[name]["importance"] = m.profile.importance.clone()
@@ -118,6 +119,7 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
         s = saved[name]
         m.subnet.copy_(s["subnet"])
         losia._touched[name] = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
+        m.loaded_bias |= s["loaded_bias"]
         m.profile = None
         if "importance" in s:
             m.profile = Profile(m, losia.config)

@@ -208,6 +208,10 @@ class Losia:
                 if self._optimizer is not None:
                     self._optimizer.state.pop(self.modules[name].subnet, None)
 
+    def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""
+        return self._touched[name] + self.modules[name].loaded_blocks
+
     def _forget_touched(self) -> None:
         """Record that the subnets have been nowhere but where they are."""
         self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
@@ -259,10 +263,12 @@ class Losia:
         delta.save(
             path,
             weights={n: m.weight for n, m in self.modules.items()},
-            touched=self._touched,
-            biases={n: m.bias for n, m in self.modules.items() if m.bias is not None}
-            if self.config.train_bias
-            else {},
+            touched={n: self.touched(n) for n in self.modules},
+            biases={
+                n: m.bias
+                for n, m in self.modules.items()
+                if m.bias is not None and (self.config.train_bias or m.loaded_bias)
+            },
             header={
                 "base": self.base_digest,
                 "config": json.dumps(self.config.to_dict()),

@@ -92,7 +92,8 @@ def _to_disk(path: str) -> None:
 
 
 def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Apply a delta to its base model, plain or attached, in place; returns the model.
+    """Apply a delta to its base model, plain or attached, in place; returns the model. A delta that is saved
+    from the attached one later holds what was loaded too.
 
     Raises:
         FileNotFoundError: no such file.
@@ -119,11 +120,13 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for name, form in forms.items():
             linear = linears[name]
-            _decode(linear.weight, form, name, tensors)
+            blocks = _decode(linear.weight, form, name, tensors)
             if f"{name}.bias" in tensors:
                 linear.bias.copy_(tensors[f"{name}.bias"])
             if isinstance(linear, SubnetLinear):
                 linear.adopt_weight()
+                linear.loaded_blocks += blocks
+                linear.loaded_bias |= f"{name}.bias" in tensors
     return model
 
 
@@ -249,17 +252,19 @@ def _check(linear: nn.Linear, form: str, name: str, tensors: Mapping[str, Tensor
     return known
 
 
-def _decode(weight: Tensor, form: str, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _decode(weight: Tensor, form: str, name: str, tensors: Mapping[str, Tensor]) -> list[Block]:
+    """Write one module's entries; returns blocks that hold them all."""
     if form == "bitmap":
         bits = _unpack(tensors[f"{name}.mask"])
-        mask = bits[: weight.numel()].view(weight.shape).to(weight.device)
-        weight[mask] = tensors[f"{name}.values"].to(weight.device)
-        return
-    k = 0
-    while f"{name}.out_idx.{k}" in tensors:
+        mask = bits[: weight.numel()].view(weight.shape)
+        weight[mask.to(weight.device)] = tensors[f"{name}.values"].to(weight.device)
+        return [(mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten())]
+    blocks: list[Block] = []
+    while f"{name}.out_idx.{len(blocks)}" in tensors:
         rows, columns, values = (
-            tensors[f"{name}.{part}.{k}"].to(weight.device)
-            for part in ("out_idx", "in_idx", "values")
+            tensors[f"{name}.{part}.{len(blocks)}"] for part in ("out_idx", "in_idx", "values")
         )
-        weight[rows[:, None], columns] = values
-        k += 1
+        on = rows.to(weight.device), columns.to(weight.device)
+        weight[on[0][:, None], on[1]] = values.to(weight.device)
+        blocks.append((rows, columns))
+    return blocks

@@ -109,6 +109,10 @@ class SubnetLinear(nn.Linear):
         self.impl: str | None = None
         self.profile: GradientSink | None = None
         self.shared = shared
+        self.loaded_blocks: list[
+            tuple[Tensor, Tensor]
+        ] = []  # written by load_delta since the conversion
+        self.loaded_bias = False
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:

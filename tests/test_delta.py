@@ -166,6 +166,26 @@ def test_a_delta_loads_into_an_attached_model(tmp_path):
     assert not torch.equal(base.layers[0].up.weight, losia.model.layers[0].up.weight)
 
 
+@pytest.mark.parametrize("steps", [2, 40], ids=["blocks", "bitmap"])
+def test_a_delta_saved_after_another_was_loaded_holds_both(tmp_path, steps):
+    config = LosiaConfig(rank_factor=1 / 4, period=1, train_bias=True)
+    base, first, _ = tuned(stack(torch.bfloat16), config, steps)
+    first.save_delta(tmp_path / "1")
+    plain = LosiaConfig(rank_factor=1 / 4, period=None, seed=1)
+    for resumed in (False, True):
+        model = copy.deepcopy(base)
+        second = losia_pro.attach(model, plain)
+        if resumed:
+            model.load_state_dict(saved[0])
+            second.load_state_dict(saved[1])
+        else:
+            losia_pro.load_delta(model, tmp_path / "1")
+            saved = model.state_dict(), second.state_dict()
+        second.save_delta(tmp_path / "2")
+        loaded = losia_pro.load_delta(copy.deepcopy(base), tmp_path / "2")
+        toys.equal_bits(loaded.state_dict(), model.state_dict())
+
+
 def failing(*_, **__):
     raise OSError("no space left on device")
 
