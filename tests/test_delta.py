@@ -172,18 +172,14 @@ def test_a_delta_saved_after_another_was_loaded_holds_both(tmp_path, steps):
     base, first, _ = tuned(stack(torch.bfloat16), config, steps)
     first.save_delta(tmp_path / "1")
     plain = LosiaConfig(rank_factor=1 / 4, period=None, seed=1)
-    for resumed in (False, True):
-        model = copy.deepcopy(base)
-        second = losia_pro.attach(model, plain)
-        if resumed:
-            model.load_state_dict(saved[0])
-            second.load_state_dict(saved[1])
-        else:
-            losia_pro.load_delta(model, tmp_path / "1")
-            saved = model.state_dict(), second.state_dict()
-        second.save_delta(tmp_path / "2")
-        loaded = losia_pro.load_delta(copy.deepcopy(base), tmp_path / "2")
-        toys.equal_bits(loaded.state_dict(), model.state_dict())
+    loaded, resumed = (losia_pro.attach(copy.deepcopy(base), plain) for _ in range(2))
+    losia_pro.load_delta(loaded.model, tmp_path / "1")
+    resumed.model.load_state_dict(loaded.model.state_dict())
+    resumed.load_state_dict(loaded.state_dict())
+    for losia in (loaded, resumed):
+        losia.save_delta(tmp_path / "2")
+        again = losia_pro.load_delta(copy.deepcopy(base), tmp_path / "2")
+        toys.equal_bits(again.state_dict(), first.model.state_dict())
 
 
 def failing(*_, **__):
