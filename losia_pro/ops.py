@@ -128,12 +128,18 @@ def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
 def _function(
     op: str, device: torch.device, impl: str | None, dtype: torch.dtype
 ) -> Callable[..., Tensor]:
-    if impl is None and dtype == torch.float64 and op in PRODUCTS:
-        return getattr(torch_ops, op)  # type: ignore[no-any-return]
+    double = impl is None and dtype == torch.float64 and op in PRODUCTS
+    return _chosen(op, device, "torch" if double else impl, os.environ.get("LOSIA_IMPL"))
+
+
+@functools.cache
+def _chosen(
+    op: str, device: torch.device, impl: str | None, everywhere: str | None
+) -> Callable[..., Tensor]:
+    """The function that answers; looked up once, because asking a device what it can do takes its time."""
     chosen = resolve(op, device, impl)
-    if chosen == "torch":
-        return getattr(torch_ops, op)  # type: ignore[no-any-return]
-    return getattr(_module(chosen)[0], op)  # type: ignore[no-any-return]
+    module = torch_ops if chosen == "torch" else _module(chosen)[0]
+    return getattr(module, op)  # type: ignore[no-any-return]
 
 
 # --- the ops: checks at the door, then the chosen implementation ------------------------------------

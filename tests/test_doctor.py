@@ -22,8 +22,10 @@ def no_choice(monkeypatch):
 @pytest.fixture
 def fresh_modules():
     ops._module.cache_clear()
+    ops._chosen.cache_clear()
     yield
     ops._module.cache_clear()
+    ops._chosen.cache_clear()
 
 
 @pytest.fixture

@@ -172,6 +172,7 @@ def test_an_unknown_or_unusable_implementation_is_refused(op, monkeypatch):
 def test_an_implementation_set_for_the_process_falls_back_and_says_so_once(monkeypatch):
     monkeypatch.setenv("LOSIA_IMPL", "cuda")
     ops._warn_fallback.cache_clear()
+    ops._chosen.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -181,6 +182,7 @@ def test_an_implementation_set_for_the_process_falls_back_and_says_so_once(monke
     for op, warning in zip(ops.OPS, caught, strict=True):
         assert f"LOSIA_IMPL=cuda cannot run {op} on cpu" in str(warning.message)
     ops._warn_fallback.cache_clear()
+    ops._chosen.cache_clear()
 
 
 def test_the_process_wide_choice_yields_to_the_calls_own(monkeypatch):
