@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_ops
+from .saved import Hooks, SavedEarly, keeps_nothing, saved_tensors_hooks
 from .shared import SharedInputs
-
-Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 class GradientSink(Protocol):
@@ -98,27 +96,42 @@ def subnet_linear(
         _refuse_nested_grad()
     flat = x.detach().reshape(-1, x.shape[-1])
     x_sub = x_whole = None
+    hooks = saved_tensors_hooks()
     if wants_subnet and mode == "pro":
-
-        def gather(flat: Tensor) -> Tensor:
-            return torch.ops.losia_pro.gather_columns(flat, in_idx, group=groups[1], impl=impl)  # type: ignore[no-any-return]
-
-        if groups[1] == flat.shape[1]:
-            x_sub = flat
-        else:
-            x_sub = gather(flat) if shared is None else shared.columns(given, flat, gather)
+        x_sub = _columns(given, flat, in_idx, groups[1], impl, shared, hooks)
     if wants_weight or profile is not None or mode == "dense":
         x_whole = flat
     early = None
-    if (hooks := _saved_tensors_hooks()) is not None:
+    if hooks is not None:
         kept = weight if _wants_grad(x) else None
-        early = _SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
+        early = SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
     inputs = (
         x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, groups[0], profile, early
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
     return _apply(*inputs)  # type: ignore[no-any-return]
+
+
+def _columns(
+    x: Tensor,
+    flat: Tensor,
+    in_idx: Tensor,
+    group: int,
+    impl: str | None,
+    shared: SharedInputs | None,
+    hooks: Hooks | None,
+) -> Tensor:
+    """``x[:, X_S]`` of ``flat``, which is ``x`` as ``(T, in)``; ``x`` itself where all inputs are chosen."""
+    if group == flat.shape[1]:
+        return flat
+    if hooks is not None and keeps_nothing(hooks[0]):
+        return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it
+
+    def gather(flat: Tensor) -> Tensor:
+        return torch.ops.losia_pro.gather_columns(flat, in_idx, group=group, impl=impl)  # type: ignore[no-any-return]
+
+    return gather(flat) if shared is None else shared.columns(x, flat, gather)
 
 
 def _wants_grad(t: Tensor) -> bool:
@@ -146,7 +159,7 @@ class _SubnetLinear(torch.autograd.Function):
         impl: str | None,
         out_group: int,
         profile: GradientSink | None,
-        early: _SavedEarly | None,
+        early: SavedEarly | None,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -223,49 +236,3 @@ def _refuse_nested_grad() -> None:
     levels = [i.key() for i in torch._C._functorch.get_interpreter_stack() or ()]
     if levels.count(torch._C._functorch.TransformType.Grad) > 1:
         raise RuntimeError(_ONCE)
-
-
-class _SavedEarly:
-    """What the backward needs, handed to the saved-tensor hooks in force *before* the dense product.
-
-    A Function saves after its forward, but checkpointing stops recomputing a block at its last saved
-    tensor: saved late, the block's last product would be recomputed for nothing, 5 % of a step.
-    Only the activations go through the hooks. The weight and the indices are the module's own; that they
-    are still the same is checked here, as autograd does for the tensors it saves.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor | None,
-        out_idx: Tensor,
-        in_idx: Tensor,
-        x_sub: Tensor | None,
-        x_whole: Tensor | None,
-        hooks: Hooks,
-    ) -> None:
-        pack, self.unpack = hooks
-        self.own = weight, out_idx, in_idx
-        self.versions = [None if t is None else t._version for t in self.own]
-        self.packed: list[Any] | None = [None if t is None else pack(t) for t in (x_sub, x_whole)]
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        if self.versions != [None if t is None else t._version for t in self.own]:
-            raise RuntimeError(
-                "the weight or the indices of a SubnetLinear were modified between forward and backward"
-            )
-        if self.packed is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the saved tensors are freed; "
-                "use retain_graph=True the first time"
-            )
-        saved = *self.own, *(None if p is None else self.unpack(p) for p in self.packed)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.packed = None
-        return saved
-
-
-def _saved_tensors_hooks() -> Hooks | None:
-    """The innermost ``saved_tensors_hooks`` in force, in eager mode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[return-value]

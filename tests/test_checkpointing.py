@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operators import Operators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from losia_pro import SubnetLinear
+from losia_pro import SubnetLinear, ops, torch_ops
 
 
 class _CountProducts(TorchDispatchMode):
@@ -57,6 +62,45 @@ def test_last_product_of_a_block_is_not_recomputed() -> None:
     _, ours = _run(_subnet_linear(), False)
     assert floor == 1  # the forward's own
     assert ours == floor
+
+
+def test_columns_are_gathered_in_the_recomputation_alone() -> None:
+    layer, x = _subnet_linear(), torch.randn(6, 16, requires_grad=True)
+    with Operators() as watching:  # a dispatch mode could keep what a gather returns
+        checkpoint(layer, x, use_reentrant=False)
+    assert watching.count("losia_pro::gather_columns") == 1
+    shapes: list[torch.Size] = []
+
+    def gathered(*args: object, **kwargs: object) -> Tensor:
+        result: Tensor = gather(*args, **kwargs)
+        shapes.append(result.shape)
+        return result
+
+    gather = torch_ops.gather_columns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_ops, "gather_columns", gathered)
+        ops._chosen.cache_clear()
+        y = checkpoint(layer, x, use_reentrant=False)
+        assert shapes == []
+        y.square().sum().backward()
+        assert shapes == [(6, 4)]
+    ops._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("keep", ["gather_columns", "addmm"])
+def test_selective_checkpointing_gives_equal_gradients(keep: str) -> None:
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        kept = keep in str(op)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    grads = []
+    for contexts in (None, lambda: create_selective_checkpoint_contexts(policy)):
+        layer, x = _subnet_linear(), torch.linspace(-1, 1, 96).view(6, 16).requires_grad_()
+        options = {} if contexts is None else {"context_fn": contexts}
+        checkpoint(layer, x, use_reentrant=False, **options).square().sum().backward()
+        grads.append((x.grad, layer.subnet.grad))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_selecting_between_forward_and_checkpointed_backward_raises() -> None:
