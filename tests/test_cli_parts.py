@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +256,23 @@ def test_differing_flags_are_told_apart_from_equal_ones():
     )
     assert options.differing({"lr": {"lora": 2e-3}}, recorded)
     assert options.differing({"seed": 2}, recorded) == ["--seed was None, now 2"]
+
+
+def test_the_examples_learning_rates_are_the_tuned_ones():
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "example-learning-rates.json"
+    tuned = json.loads(results.read_text())
+    rates = options.JOB["lr"]
+    assert {m: rates[m] for m in tuned["chosen"]} == tuned["chosen"]
+    assert rates["losia"] == rates["losia-pro"]
+    for name, value in tuned["settings"].items():
+        assert {**options.DEFAULTS, **options.JOB}[name] == value, name
+    for method, chosen in tuned["chosen"].items():
+        runs = [r for r in tuned["runs"] if r["method"] == method]
+        mean = {
+            lr: sum(r["loss"] for r in runs if r["lr"] == lr) / 3 for lr in {r["lr"] for r in runs}
+        }
+        assert min(mean, key=mean.get) == chosen
+        assert min(mean) < chosen < max(mean), "a worse rate on both sides"
 
 
 def test_the_module_is_the_command_line(monkeypatch, capsys):
