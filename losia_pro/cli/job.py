@@ -129,6 +129,8 @@ def check_model(name: str) -> None:
         raise CliError(f"--model {name}: a file; a model is a folder that holds config.json")
     if not path.exists():
         raise CliError(f"--model {name}: no such folder")
+    if not (path / "config.json").is_file():
+        raise CliError(f"--model {name}: the folder holds no config.json")
 
 
 def empty_model(config: Any) -> Any:
