@@ -38,7 +38,7 @@ class Results:
     """The file and what is in it."""
 
     def __init__(self) -> None:
-        self.all: dict[str, Any] = {"chosen": {}, "runs": []}
+        self.all: dict[str, Any] = {"benchmark": "example-learning-rates", "chosen": {}, "runs": []}
         if RESULT.exists():
             self.all = json.loads(RESULT.read_text())
 

@@ -253,6 +253,20 @@ def test_lora_leaves_an_adapter_and_chat_has_no_exact_match(base, tmp_path, caps
     assert sum(t.numel() for t in adapter.values()) == r["results"]["lora"]["trainable"]
 
 
+def test_neurons_are_chosen_in_groups_and_inputs_shared_if_asked_to(base, tmp_path):
+    flags = ("--neuron-group", 4, "--share-inputs", "--period", "none")
+    assert finetune(*base, *FLAGS, *flags, "--output", tmp_path / "run") == 0
+    delta = load_file(tmp_path / "run" / "delta.safetensors")
+    indices = {name: t for name, t in delta.items() if "_idx." in name}
+    assert len(indices) == 2 * 7 * 2  # of seven linears in two layers
+    for name, idx in indices.items():
+        runs = idx.view(-1, 4)
+        assert torch.equal(runs, runs[:, :1] + torch.arange(4)) and not (runs[:, 0] % 4).any(), name
+        if "q_proj.in_idx" in name:
+            assert torch.equal(idx, delta[name.replace("q_proj", "k_proj")])
+            assert torch.equal(idx, delta[name.replace("q_proj", "v_proj")])
+
+
 @pytest.mark.parametrize("method", ["losia-pro", "full"])
 def test_bf16_with_checkpointing_gives_a_bf16_model(base, tmp_path, method):
     flags = ("--method", method, "--precision", "bf16", "--checkpointing", "--steps", 3)

@@ -90,6 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the output head's outputs (default: 0, not trained)",
     )
     g.add_argument(
+        "--neuron-group",
+        type=values.count,
+        metavar="N",
+        help="choose neurons in aligned runs of N, which a GPU reads faster (default: 1)",
+    )
+    g.add_argument(
+        "--share-inputs",
+        action="store_true",
+        help="one choice of inputs for linears that read the same (q, k, v; gate, up): less memory",
+    )
+    g.add_argument(
         "--period",
         type=values.count_or_none,
         metavar="STEPS",

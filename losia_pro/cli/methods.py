@@ -62,6 +62,8 @@ def losia_config(method: str, options: argparse.Namespace) -> losia_pro.LosiaCon
         in_factor=options.in_factor,
         out_factor=options.out_factor,
         output_factor=options.output_factor,
+        neuron_group=options.neuron_group,
+        share_inputs=options.share_inputs,
         period=options.period,
         target_modules=options.target_modules,
         init=options.init,

@@ -50,6 +50,8 @@ DEFAULTS: dict[str, Any] = {
     "in_factor": None,
     "out_factor": None,
     "output_factor": 0.0,
+    "neuron_group": 1,
+    "share_inputs": False,
     "period": 100,
     "target_modules": None,
     "init": "random",
