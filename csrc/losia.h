@@ -1,5 +1,6 @@
-// The kernels' entry points: raw device pointers, sizes in elements, a stream; no torch, so one build serves
-// every version of it. Each returns the launch's error and never synchronises.
+// The kernels' entry points: raw device pointers, sizes and strides, a stream; no torch, so one build serves every
+// version of it. Each returns the launch's error and never synchronises. Products are the library's: these are the
+// memory-bound parts around them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,20 +9,34 @@
 
 namespace losia {
 
-enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2, fp64 = 3 };
 
-// out[t, j] = x[t, in_idx[j]]; out is (tokens, n_in) contiguous; itemsize is 2, 4 or 8 bytes.
+// out[t, j] = x[t, in_idx[j]] for n_in columns that come in aligned runs of `step` elements, moved `unit` bytes at a
+// time (step elements: 2, 4, 8 or 16 bytes); strides in bytes; out is (tokens, n_in) contiguous. A unit of 16 needs
+// rows of x and of out that begin at multiples of 16, and columns that are neighbours in memory.
 cudaError_t gather_columns(const void* x, const int64_t* in_idx, void* out, int64_t tokens, int64_t n_in,
-                           int64_t stride_t, int64_t stride_c, int itemsize, cudaStream_t stream);
+                           int64_t stride_t, int64_t stride_c, int unit, int step, cudaStream_t stream);
 
-// out[m, n] = sum_t dy[t, out_idx[m]] x_sub[t, n], accumulated in fp32; out is (n_out, n_in) contiguous.
-// parts holds splits x n_out x n_in floats, unused where splits is 1.
-cudaError_t subnet_grad(const void* dy, const void* x_sub, const int64_t* out_idx, void* out, float* parts,
-                        int64_t tokens, int64_t n_out, int64_t n_in, int64_t dy_stride_t,
-                        int64_t dy_stride_c, int64_t x_stride_t, int64_t x_stride_c, int splits,
-                        Dtype in_dtype, Dtype out_dtype, cudaStream_t stream);
+// One optimizer step of a profiled layer's rows: g = scale (product + grad), I = importance of (g, weight), then
+// importance = beta1 importance + (1 - beta1) I, uncertainty = beta2 uncertainty + (1 - beta2) |I - importance|.
+// All are (rows, columns) contiguous but the weight; product and grad (may be null) are fp32.
+struct ImportanceUpdate {
+  void *importance, *uncertainty;
+  const void* weight;
+  const float *product, *grad;
+  int64_t rows, columns, weight_stride_r, weight_stride_c;
+  float beta1, beta2, scale;
+  int variant;  // 0: |gw - (gw)^2 / 2|, 1: |gw|, 2: (gw)^2
+  Dtype weight_dtype, kept_dtype;
+};
+cudaError_t importance_update(const ImportanceUpdate& update, cudaStream_t stream);
 
-// The output columns and rows that a block of subnet_grad computes: how many splits fill a device follows.
-int subnet_grad_tile();
+// weight[out_idx[i], in_idx[j]] = subnet[i, j] for many layers of one pair of dtypes. A layer is a row of eight int64:
+// the four addresses, the subnet's rows and columns, the weight's strides in elements. A part is two int32: a layer,
+// and which PART_ROWS x PART_COLUMNS of its subnet, row-major.
+constexpr int PART_ROWS = 2;
+constexpr int PART_COLUMNS = 1024;
+cudaError_t write_back(const int64_t* layers, const int32_t* parts, int64_t n_parts, Dtype weight, Dtype subnet,
+                       cudaStream_t stream);
 
 }  // namespace losia

@@ -25,22 +25,31 @@ void check(const char* what, cudaError_t error) {
 }
 
 void gather_columns(uintptr_t x, uintptr_t in_idx, uintptr_t out, int64_t tokens, int64_t n_in, int64_t stride_t,
-                    int64_t stride_c, int itemsize, int device, uintptr_t stream) {
+                    int64_t stride_c, int unit, int step, int device, uintptr_t stream) {
   use(device);
   check("gather_columns",
         losia::gather_columns(pointer<const void>(x), pointer<const int64_t>(in_idx), pointer<void>(out), tokens,
-                              n_in, stride_t, stride_c, itemsize, pointer<CUstream_st>(stream)));
+                              n_in, stride_t, stride_c, unit, step, pointer<CUstream_st>(stream)));
 }
 
-void subnet_grad(uintptr_t dy, uintptr_t x_sub, uintptr_t out_idx, uintptr_t out, uintptr_t parts, int64_t tokens,
-                 int64_t n_out, int64_t n_in, int64_t dy_stride_t, int64_t dy_stride_c, int64_t x_stride_t,
-                 int64_t x_stride_c, int splits, int in_dtype, int out_dtype, int device, uintptr_t stream) {
+void importance_update(uintptr_t importance, uintptr_t uncertainty, uintptr_t weight, uintptr_t product,
+                       uintptr_t grad, int64_t rows, int64_t columns, int64_t weight_stride_r,
+                       int64_t weight_stride_c, float beta1, float beta2, float scale, int variant,
+                       int weight_dtype, int kept_dtype, int device, uintptr_t stream) {
   use(device);
-  check("subnet_grad",
-        losia::subnet_grad(pointer<const void>(dy), pointer<const void>(x_sub), pointer<const int64_t>(out_idx),
-                           pointer<void>(out), pointer<float>(parts), tokens, n_out, n_in, dy_stride_t,
-                           dy_stride_c, x_stride_t, x_stride_c, splits, losia::Dtype(in_dtype),
-                           losia::Dtype(out_dtype), pointer<CUstream_st>(stream)));
+  const losia::ImportanceUpdate update{
+      pointer<void>(importance), pointer<void>(uncertainty),  pointer<const void>(weight),
+      pointer<const float>(product), pointer<const float>(grad), rows, columns, weight_stride_r, weight_stride_c,
+      beta1, beta2, scale, variant, losia::Dtype(weight_dtype), losia::Dtype(kept_dtype)};
+  check("importance_update", losia::importance_update(update, pointer<CUstream_st>(stream)));
+}
+
+void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int weight_dtype, int subnet_dtype, int device,
+                uintptr_t stream) {
+  use(device);
+  check("write_back", losia::write_back(pointer<const int64_t>(layers), pointer<const int32_t>(parts), n_parts,
+                                        losia::Dtype(weight_dtype), losia::Dtype(subnet_dtype),
+                                        pointer<CUstream_st>(stream)));
 }
 
 }  // namespace
@@ -48,7 +57,9 @@ void subnet_grad(uintptr_t dy, uintptr_t x_sub, uintptr_t out_idx, uintptr_t out
 PYBIND11_MODULE(_cuda, m) {
   m.attr("ARCHS") = LOSIA_CUDA_ARCHS;  // as CMake names them: 80-real is machine code alone, 120 with PTX too
   m.attr("TOOLKIT") = CUDART_VERSION;
-  m.attr("SUBNET_GRAD_TILE") = losia::subnet_grad_tile();
+  m.attr("PART_ROWS") = losia::PART_ROWS;
+  m.attr("PART_COLUMNS") = losia::PART_COLUMNS;
   m.def("gather_columns", &gather_columns);
-  m.def("subnet_grad", &subnet_grad);
+  m.def("importance_update", &importance_update);
+  m.def("write_back", &write_back);
 }

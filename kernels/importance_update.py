@@ -169,7 +169,7 @@ def importance_update_(
     if weight.numel() == 0:
         return
     device = device_of(dy.device)
-    tiles = tiles or _tiles(dy.dtype, device)
+    tiles = tiles or _tiles(dy.dtype, n_out, n_in, device)
     n_tiles = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     programs = min(device.processors, n_tiles)
     with torch.cuda.device_of(weight):
@@ -204,10 +204,13 @@ def importance_update_(
         )
 
 
-def _tiles(dtype: torch.dtype, device: Device) -> Tiles:
-    """fp32 has no matrix units in IEEE precision, so fewer entries per program."""
+def _tiles(dtype: torch.dtype, n_out: int, n_in: int, device: Device) -> Tiles:
+    """fp32 has no matrix units in IEEE precision, so fewer entries per program; and where large tiles would
+    leave most processors idle, small ones."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 3)
     if device.memory < 160 * 1024:  # sm_86, sm_89, sm_120
         return Tiles(128, 128, 32, 8, 3)
+    if 2 * triton.cdiv(n_out, 128) * triton.cdiv(n_in, 256) < device.processors:
+        return Tiles(64, 64, 64, 4, 4)
     return Tiles(128, 256, 64, 8, 3)

@@ -12,7 +12,7 @@ in fp32, and `sum_splits` adds them in a fixed order: no atomics, the same bits 
 
 Three ways to dy's columns, each where it was the fastest on an H200:
 - aligned runs (GROUP > 1) are gathered inside the product, in 16-byte loads that the compiler pipelines;
-- all columns (GROUP = 0) are read as they lie, where x_sub is narrow;
+- all columns (GROUP = 0) are read as they lie, where x_sub is narrow and of an odd width;
 - single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the
   n_in / BLOCK_N column tiles would gather dy again, in 2-byte loads that cannot be pipelined. (`fused=True` does
   that, to measure it.) The same for runs and for all columns where x_sub is too wide for the ways above.
@@ -32,9 +32,6 @@ from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64
 from .tiles import DTYPES, Device, Tiles, device_of, load_tile, operand
 
-# The widest x_sub for which this kernel was faster than the library's product, after a gather or of all columns.
-RUNS_WIDEST = 1024
-WHOLE_WIDEST = 256
 EXACT_TOKENS = (
     256  # that fp32 operands are summed over in one chain: the sum is to be as exact as a library's
 )
@@ -143,12 +140,12 @@ def subnet_grad(
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
     whole = group == dy.shape[1]
     if fused is None:
-        fused = group > 1 and n_in <= (WHOLE_WIDEST if whole else RUNS_WIDEST)
+        fused = _faster(whole, group, n_out, n_in, dy.element_size())
     if not fused:
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
     run = 0 if whole else hardware_run(group)
     device = device_of(dy.device)
-    tiles = tiles or _tiles(dy.dtype, run, n_out, n_in, device)
+    tiles = tiles or _tiles(dy.dtype, run, n_in, device)
     blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     split_tokens = _split_tokens(tokens, blocks, tiles.k, device.processors)
     if dy.dtype == torch.float32:
@@ -189,7 +186,15 @@ def subnet_grad(
     return out.to(out_dtype)
 
 
-def _tiles(dtype: torch.dtype, run: int, n_out: int, n_in: int, device: Device) -> Tiles:
+def _faster(whole: bool, group: int, n_out: int, n_in: int, element: int) -> bool:
+    """Whether this kernel was faster than a gather and the library's product on an H200. Of all columns it is
+    where rows of x_sub are not aligned to 16 bytes, which costs the library half of its speed or more."""
+    if whole:
+        return n_in <= 256 and n_in * element % 16 != 0
+    return group > 1 and n_out >= 128 and n_in <= 1024
+
+
+def _tiles(dtype: torch.dtype, run: int, n_in: int, device: Device) -> Tiles:
     """The fastest tile of those tried on an H200, and smaller ones where shared memory is small. fp32 has no
     matrix units in IEEE precision, so fewer outputs a program."""
     if dtype == torch.float32:
@@ -198,9 +203,7 @@ def _tiles(dtype: torch.dtype, run: int, n_out: int, n_in: int, device: Device) 
         return Tiles(64, 64, 64, 4, 3) if n_in <= 64 else Tiles(64, 128, 64, 4, 3)
     if run:
         return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
-    if n_in > 64:
-        return Tiles(256, 64, 64, 8, 3)
-    return Tiles(128, 64, 128, 4, 3) if n_out >= 8192 else Tiles(64, 64, 128, 4, 4)
+    return Tiles(256, 64, 64, 8, 3) if n_in > 64 else Tiles(64, 64, 128, 4, 4)
 
 
 def _split_tokens(tokens: int, blocks: int, block_k: int, processors: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from . import reference, torch_ops
+from .tables import tables
 
 try:
     _cuda = import_module("losia_pro._cuda")
@@ -17,8 +20,9 @@ except ModuleNotFoundError as error:
 except ImportError as error:
     raise ImportError(f"losia_pro._cuda does not load: {error}") from error
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/losia.h
-_MIN_SPLIT_TOKENS = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/losia.h
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK = 2**22  # entries of a product at a time, 16 MiB in fp32: still in L2 when they are read
 
 
 def archs() -> str:
@@ -51,78 +55,146 @@ def runs_on(built: str, capability: int) -> bool:
 
 
 def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
-    """``x[:, X_S]``: ``x`` ``(T, in)`` of any strides, ``in_idx`` ``(n_in,)`` int64; result ``(T, n_in)``."""
+    """``x[:, X_S]``: ``x`` ``(T, in)`` of any strides, ``in_idx`` ``(n_in,)`` int64, in aligned runs of
+    ``group``; result ``(T, n_in)``."""
     in_idx = in_idx.contiguous()
-    out = torch.empty(x.shape[0], in_idx.shape[0], dtype=x.dtype, device=x.device)
-    if out.numel():
+    (tokens, _), n_in, element = x.shape, in_idx.shape[0], x.element_size()
+    out = torch.empty(tokens, n_in, dtype=x.dtype, device=x.device)
+    if tokens and n_in:
+        stride_t, stride_c = x.stride(0) * element, x.stride(1) * element
+        step = _step(group, element) if stride_c == element else 1
+        if (stride_t | n_in * element | x.data_ptr()) % (step * element):
+            step = 1
         _cuda.gather_columns(
             x.data_ptr(),
             in_idx.data_ptr(),
             out.data_ptr(),
-            *out.shape,
-            *x.stride(),
-            x.element_size(),
+            tokens,
+            n_in,
+            stride_t,
+            stride_c,
+            step * element,
+            step,
             *_where(x.device),
         )
     return out
 
 
+def _step(group: int, element: int) -> int:
+    """How many elements of a run of ``group`` are moved at once: as many as 16 bytes hold, if runs are made of
+    such units."""
+    step = 16 // element
+    return step if group % step == 0 else 1
+
+
 def subnet_grad(
     dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, group: int = 1
 ) -> Tensor:
-    """``dy[:, Y_S]^T x_S`` with fp32 accumulation, the same bits every run.
+    """``dy[:, Y_S]^T x_S`` with fp32 accumulation: this module's gather, and the library's product.
 
-    ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result ``(n_out, n_in)`` in
+    ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64, in aligned runs of ``group``;
+    where that is the number of ``dy``'s columns, all are chosen, in order. Result ``(n_out, n_in)`` in
     ``out_dtype``. Both operands may have any strides.
 
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
     """
     for what, dtype in (("dy", dy.dtype), ("x_sub", x_sub.dtype), ("out_dtype", out_dtype)):
-        if dtype not in DTYPES:
+        if dtype not in PRODUCT_DTYPES:
             raise TypeError(
                 f"the cuda subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
             )
     if dy.dtype != x_sub.dtype:
         raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
-    tokens, n_out, n_in = dy.shape[0], out_idx.shape[0], x_sub.shape[1]
-    if tokens == 0 or n_out == 0 or n_in == 0:
-        return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
-    out_idx = out_idx.contiguous()
-    out = torch.empty(n_out, n_in, dtype=out_dtype, device=dy.device)
-    splits = _splits(tokens, n_out, n_in, _processors(dy.device))
-    parts = None
-    if splits > 1:
-        parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
-    _cuda.subnet_grad(
-        dy.data_ptr(),
-        x_sub.data_ptr(),
-        out_idx.data_ptr(),
-        out.data_ptr(),
-        0 if parts is None else parts.data_ptr(),
-        tokens,
-        n_out,
-        n_in,
-        *dy.stride(),
-        *x_sub.stride(),
-        splits,
-        DTYPES[dy.dtype],
-        DTYPES[out_dtype],
-        *_where(dy.device),
-    )
-    return out
+    chosen = dy if group == dy.shape[1] else gather_columns(dy, out_idx, group)
+    return torch_ops.product(chosen, x_sub, out_dtype)
 
 
-def _splits(tokens: int, n_out: int, n_in: int, processors: int) -> int:
-    """Parts to split the tokens into: about four blocks a processor, of at least 256 tokens each."""
-    tile = int(_cuda.SUBNET_GRAD_TILE)
-    blocks = -(-n_out // tile) * -(-n_in // tile)
-    return max(1, min(4 * processors // blocks, tokens // _MIN_SPLIT_TOKENS))
+def importance_update_(
+    importance: Tensor,
+    uncertainty: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    grad: Tensor | None,
+    beta1: float,
+    beta2: float,
+    variant: str,
+    scale: float = 1.0,
+) -> None:
+    """One step of smoothed importance and uncertainty, in place: the library's product of some rows at a time,
+    and this module's update of those rows.
+
+    ``importance`` and ``uncertainty`` are ``(out, in)`` in fp32 or bf16, ``grad`` is so in fp32, all contiguous;
+    ``weight`` is ``(out, in)``, and ``dy`` ``(T, out)`` and ``x`` ``(T, in)`` are of one dtype, with any strides.
+
+    Raises:
+        TypeError: a dtype that the kernel does not take.
+        ValueError: ``importance``, ``uncertainty`` or ``grad`` is not contiguous.
+    """
+    kept = importance.dtype
+    if weight.dtype not in PRODUCT_DTYPES or kept not in (torch.float32, torch.bfloat16):
+        raise TypeError(
+            "the cuda importance_update_ takes fp32, bf16 or fp16 weights and fp32 or bf16 importance; "
+            f"got {weight.dtype} and {kept}; use impl='torch'"
+        )
+    if uncertainty.dtype != kept or (grad is not None and grad.dtype != torch.float32):
+        raise TypeError(
+            f"uncertainty must be {kept} and grad fp32, got {uncertainty.dtype} and "
+            f"{None if grad is None else grad.dtype}"
+        )
+    for what, t in (("importance", importance), ("uncertainty", uncertainty), ("grad", grad)):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+    rows, columns = weight.shape
+    at_once = max(128, _CHUNK // max(1, columns) // 128 * 128)
+    for first in range(0, rows, at_once):
+        part = slice(first, first + at_once)
+        product = torch_ops.product(dy[:, part], x, torch.float32)
+        _cuda.importance_update(
+            importance[part].data_ptr(),
+            uncertainty[part].data_ptr(),
+            weight[part].data_ptr(),
+            product.data_ptr(),
+            0 if grad is None else grad[part].data_ptr(),
+            *product.shape,
+            *weight.stride(),
+            beta1,
+            beta2,
+            scale,
+            reference.VARIANTS.index(variant),
+            DTYPES[weight.dtype],
+            DTYPES[kept],
+            *_where(weight.device),
+        )
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def write_back_(
+    weights: Sequence[Tensor],
+    subnets: Sequence[Tensor],
+    out_idx: Sequence[Tensor],
+    in_idx: Sequence[Tensor],
+    check: Callable[[], None],
+) -> None:
+    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to nearest in the weight's dtype.
+
+    Weights may have any strides; subnets and indices are contiguous. One launch for each pair of dtypes. ``check``
+    judges layers that were not written before.
+
+    Raises:
+        ValueError: a subnet or an index that is not contiguous.
+        RuntimeError: subnets that are neither fp32 nor, for fp64 weights, fp64.
+    """
+    part = _cuda.PART_ROWS, _cuda.PART_COLUMNS
+    for table in tables(weights, subnets, out_idx, in_idx, *part, check):
+        _cuda.write_back(
+            table.layers.data_ptr(),
+            table.parts.data_ptr(),
+            table.parts.shape[0],
+            DTYPES[table.weight.dtype],
+            DTYPES[table.subnet.dtype],
+            *_where(table.layers.device),
+        )
 
 
 def _where(device: torch.device) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,8 +71,10 @@ def write_back_(
     subnets: Sequence[Tensor],
     out_idx: Sequence[Tensor],
     in_idx: Sequence[Tensor],
+    check: Callable[[], None],
 ) -> None:
     """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to the weight's dtype."""
+    check()
     for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
         weight.index_put_((rows.unsqueeze(1), columns), subnet.to(weight.dtype))
 

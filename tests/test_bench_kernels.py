@@ -77,12 +77,12 @@ def half_updated(which: int):
     return update
 
 
-def shifted(weights, subnets, rows, columns):
+def shifted(weights, subnets, rows, columns, check):
     for weight, subnet, r, c in zip(weights, subnets, rows, columns, strict=True):
         weight[r[:, None], c] = subnet.to(weight.dtype).roll(1, 0)
 
 
-def spilled(weights, subnets, rows, columns):
+def spilled(weights, subnets, rows, columns, check):
     for weight, subnet, r, c in zip(weights, subnets, rows, columns, strict=True):
         weight.fill_(0.5)
         weight[r[:, None], c] = subnet.to(weight.dtype)

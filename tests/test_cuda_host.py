@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 import types
@@ -9,21 +10,91 @@ import types
 import pytest
 import torch
 
+from losia_pro import reference, torch_ops
+
+
+def memory(address: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor at an address."""
+    buffer = (ctypes.c_char * max(1, numel * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype, count=numel)
+
+
+class Kernels(types.ModuleType):
+    """What csrc/ computes, on the CPU and from the same arguments: addresses, sizes, strides."""
+
+    ARCHS = "75-real,80-real,86-real,90-real,120"
+    PART_ROWS, PART_COLUMNS = 2, 16
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def __init__(self) -> None:
+        super().__init__("losia_pro._cuda")
+        self.units: list[int] = []
+        self.rows: list[int] = []
+
+    def gather_columns(
+        self, x, in_idx, out, tokens, n_in, stride_t, stride_c, unit, step, device, stream
+    ):
+        assert (device, stream) == (0, 7) and n_in % step == 0
+        self.units.append(unit)
+        idx, units = memory(in_idx, n_in, torch.int64).tolist(), n_in // step
+        for t in range(tokens):
+            for j in range(units):
+                source = x + idx[j * step] * stride_c + t * stride_t
+                target = out + (t * units + j) * unit
+                assert source % unit == target % unit == 0
+                ctypes.memmove(target, source, unit)
+
+    def importance_update(
+        self, importance, uncertainty, weight, product, grad, rows, columns, stride_r, stride_c,
+        beta1, beta2, scale, variant, weight_dtype, kept_dtype, device, stream,
+    ):  # fmt: skip
+        assert (device, stream) == (0, 7)
+        self.rows.append(rows)
+        span = (rows - 1) * stride_r + (columns - 1) * stride_c + 1
+        w = memory(weight, span, self.DTYPES[weight_dtype])
+        w = w.as_strided((rows, columns), (stride_r, stride_c)).float()
+        g, i, u = (
+            memory(p, rows * columns, d).view(rows, columns)
+            for p, d in (
+                (product, torch.float32),
+                (importance, self.DTYPES[kept_dtype]),
+                (uncertainty, self.DTYPES[kept_dtype]),
+            )
+        )
+        g = g + memory(grad, rows * columns, torch.float32).view(rows, columns) if grad else g
+        now = reference.importance(g * scale, w, reference.VARIANTS[variant])
+        smoothed = reference.smooth(i.float(), now, beta1)
+        i.copy_(smoothed)
+        u.copy_(reference.uncertainty(u.float(), now, smoothed, beta2))
+
+    def write_back(self, layers, parts, n_parts, weight_dtype, subnet_dtype, device, stream):
+        assert (device, stream) == (0, 7)
+        for layer, part in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
+            row = memory(layers + 64 * layer, 8, torch.int64).tolist()
+            weight, subnet, out_idx, in_idx, n_out, n_in, stride_r, stride_c = row
+            rows, columns = (
+                memory(p, n, torch.int64).tolist() for p, n in ((out_idx, n_out), (in_idx, n_in))
+            )
+            values = memory(subnet, n_out * n_in, self.DTYPES[subnet_dtype]).view(n_out, n_in)
+            across = -(-n_in // self.PART_COLUMNS)
+            i0, j0 = part // across * self.PART_ROWS, part % across * self.PART_COLUMNS
+            dtype = self.DTYPES[weight_dtype]
+            for i in range(i0, min(i0 + self.PART_ROWS, n_out)):
+                for j in range(j0, min(j0 + self.PART_COLUMNS, n_in)):
+                    at = weight + (rows[i] * stride_r + columns[j] * stride_c) * dtype.itemsize
+                    memory(at, 1, dtype).copy_(values[i, j])
+
 
 @pytest.fixture
 def cuda_ops(monkeypatch):
-    """losia_pro._cuda_ops over a module that records calls, with CPU tensors let through."""
-    calls: list[tuple[str, tuple]] = []
-    module = types.ModuleType("losia_pro._cuda")
-    module.ARCHS, module.SUBNET_GRAD_TILE = "75-real,80-real,86-real,90-real,120", 64
-    module.gather_columns = lambda *a: calls.append(("gather_columns", a))
-    module.subnet_grad = lambda *a: calls.append(("subnet_grad", a))
+    """losia_pro._cuda_ops over those kernels, with CPU tensors let through."""
+    torch.manual_seed(0)
+    module = Kernels()
     monkeypatch.setitem(sys.modules, "losia_pro._cuda", module)
     monkeypatch.delitem(sys.modules, "losia_pro._cuda_ops", raising=False)
     wrapper = importlib.import_module("losia_pro._cuda_ops")
     monkeypatch.setattr(wrapper, "_where", lambda device: (0, 7))
-    monkeypatch.setattr(wrapper, "_processors", lambda device: 132)
-    wrapper.calls = calls
+    wrapper.kernels = module
     yield wrapper
     sys.modules.pop("losia_pro._cuda_ops", None)
 
@@ -55,24 +126,75 @@ def test_a_device_it_was_not_built_for_is_named(cuda_ops, monkeypatch):
     assert "not on cpu" in cuda_ops.why_not(torch.device("cpu"))
 
 
-def test_gather_columns_passes_sizes_strides_and_width(cuda_ops):
-    x, idx = torch.randn(6, 10).half().T, torch.tensor([0, 5])
-    out = cuda_ops.gather_columns(x, idx)
-    ((_, args),) = cuda_ops.calls
-    assert args == (x.data_ptr(), idx.data_ptr(), out.data_ptr(), 10, 2, 1, 10, 2, 0, 7)
+VIEWS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "every other": lambda t: torch.stack([t, t], 2)[:, :, 0],
+    "odd rows": lambda t: torch.cat([t, t[:, :1]], 1)[:, : t.shape[1]],
+}
 
 
-@pytest.mark.parametrize(("tokens", "splits"), [(100, 1), (8192, 8), (2**20, 8)])
-def test_subnet_grad_splits_long_inputs_into_parts_of_their_own(cuda_ops, tokens, splits):
-    dy, x_sub, idx = (
-        torch.empty(tokens, 1),
-        torch.empty(1, 512).expand(tokens, 512),
-        torch.arange(512),
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+def test_gather_columns_moves_runs_16_bytes_at_a_time_where_they_are_aligned(
+    cuda_ops, group, dtype, view
+):
+    x = view(torch.randn(5, 64).to(dtype))
+    idx = (torch.tensor([0, 2, 3])[:, None] * group + torch.arange(group)).flatten()
+    assert torch.equal(cuda_ops.gather_columns(x, idx, group), x[:, idx])
+    wide = group * dtype.itemsize % 16 == 0 and x.stride(1) == 1 and x.stride(0) == 64
+    assert cuda_ops.kernels.units == [16 if wide else dtype.itemsize]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("group", [1, 4, 24])
+def test_subnet_grad_is_the_product_of_what_was_gathered(cuda_ops, group, dtype):
+    dy, x_sub = torch.randn(9, 24).to(dtype), torch.randn(9, 5).to(dtype)
+    idx = torch.arange(24) if group == 24 else torch.tensor([4, 5, 6, 7, 16, 17, 18, 19])
+    ours = cuda_ops.subnet_grad(dy, x_sub, idx, torch.float32, group)
+    assert torch.equal(ours, torch_ops.product(dy[:, idx], x_sub, torch.float32))
+    assert len(cuda_ops.kernels.units) == (group != 24)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_importance_is_updated_some_rows_at_a_time(
+    cuda_ops, micro_batches, variant, kept, monkeypatch
+):
+    monkeypatch.setattr(cuda_ops, "_CHUNK", 128 * 20)
+    dy, x = torch.randn(7, 300).bfloat16(), torch.randn(7, 20).bfloat16()
+    weight = torch.randn(20, 300).bfloat16().T
+    grad = torch.randn(300, 20) if micro_batches > 1 else None
+    ours = [torch.rand(300, 20).to(kept) for _ in range(2)]
+    truth = [t.clone() for t in ours]
+    for function, to in ((cuda_ops, ours), (torch_ops, truth)):
+        function.importance_update_(*to, weight, dy, x, grad, 0.8, 0.9, variant, 0.5)
+    assert cuda_ops.kernels.rows == [128, 128, 44]
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype):
+    weights = [torch.randn(s).to(dtype) for s in ((9, 40), (1, 1), (30, 7))]
+    weights[2] = weights[2].T
+    rows, columns = (
+        [torch.randperm(w.shape[k])[: -(-w.shape[k] // 2)].sort().values for w in weights]
+        for k in (0, 1)
     )
-    cuda_ops.subnet_grad(dy, x_sub, idx, torch.bfloat16)
-    ((_, args),) = cuda_ops.calls
-    assert bool(args[4]) == (splits > 1)
-    assert args[5:] == (tokens, 512, 512, 1, 1, 0, 1, splits, 0, 1, 0, 7)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    checked = []
+    subnets = [torch.empty(len(r), len(c), dtype=exact) for r, c in zip(rows, columns, strict=True)]
+    for _ in range(2):  # with new tables, and with kept ones
+        for s in subnets:
+            s.normal_()
+        expected = [w.clone() for w in weights]
+        torch_ops.write_back_(expected, subnets, rows, columns, lambda: None)
+        cuda_ops.write_back_(weights, subnets, rows, columns, lambda: checked.append(1))
+        assert all(map(torch.equal, weights, expected))
+    assert checked == [1]
 
 
 def test_nothing_to_sum_gives_zeros_and_no_launch(cuda_ops):
@@ -80,7 +202,7 @@ def test_nothing_to_sum_gives_zeros_and_no_launch(cuda_ops):
         torch.empty(0, 4), torch.empty(0, 3), torch.tensor([1, 2]), torch.float32
     ).any()
     assert cuda_ops.gather_columns(torch.empty(0, 4), torch.tensor([1])).shape == (0, 1)
-    assert not cuda_ops.calls
+    assert not cuda_ops.kernels.units
 
 
 def test_dtypes_that_it_cannot_compute_are_refused_by_name(cuda_ops):
@@ -92,7 +214,7 @@ def test_dtypes_that_it_cannot_compute_are_refused_by_name(cuda_ops):
     ]:
         with pytest.raises(TypeError, match=message):
             cuda_ops.subnet_grad(*args)
-    assert not cuda_ops.calls
+    assert not cuda_ops.kernels.units
 
 
 def test_a_module_that_does_not_load_says_so(cuda_ops, monkeypatch):

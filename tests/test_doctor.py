@@ -43,7 +43,7 @@ def compiled(monkeypatch, fresh_modules):
     """A stand-in for the compiled module, for its description."""
     module = types.ModuleType("losia_pro._cuda")
     module.__file__ = "/somewhere/_cuda.so"
-    module.ARCHS, module.TOOLKIT, module.SUBNET_GRAD_TILE = "80-real,90", 12080, 64
+    module.ARCHS, module.TOOLKIT = "80-real,90", 12080
     monkeypatch.setitem(sys.modules, "losia_pro._cuda", module)
     monkeypatch.delitem(sys.modules, "losia_pro._cuda_ops", raising=False)
     yield

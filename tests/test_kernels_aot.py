@@ -65,7 +65,7 @@ def tile_type(dtype: str, tokens: int, columns: int, arch: int) -> str:
 def test_gather_columns_compiles_and_moves_runs_at_once(arch, group, int64):
     types = {"x_ptr": "*bf16", "idx_ptr": "*i64", "out_ptr": "*bf16", "stride_t": "i32"}
     types |= {"T": "i32", "n_runs": "i32"}
-    block_t, block_c, warps = gather._tile(group)
+    block_t, block_c, warps = gather._tile(group, 512)
     values = {"stride_c": 1, "GROUP": group, "BLOCK_T": block_t, "BLOCK_C": block_c}
     values |= {"INT64": int64}
     binary = compile_for(arch, gather.gather_columns_kernel, types, values, num_warps=warps)
@@ -80,7 +80,7 @@ def test_gather_columns_compiles_and_moves_runs_at_once(arch, group, int64):
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_subnet_grad_compiles_and_fits(arch, group, dtype):
     name = NAMES[dtype]
-    tiles = grad._tiles(dtype, group, 512, 512 if group else 64, ARCHS[arch])
+    tiles = grad._tiles(dtype, group, 512 if group else 64, ARCHS[arch])
     types = {"idx_ptr": "*i64", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("T", "M", "N", "T_SPLIT", "stride_dt", "stride_xt"), "i32")
     types["dy"] = f"*{name}" if group else tile_type(name, tiles.k, tiles.m, arch)
@@ -112,7 +112,7 @@ def test_sum_splits_compiles(arch):
 @pytest.mark.parametrize("has_grad", [False, True], ids=["alone", "accumulating"])
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
-    name, tiles = NAMES[dtype], importance._tiles(dtype, ARCHS[arch])
+    name, tiles = NAMES[dtype], importance._tiles(dtype, 4096, 4096, ARCHS[arch])
     kept = "bf16" if dtype == torch.bfloat16 else "fp32"
     types = {"importance_ptr": f"*{kept}", "uncertainty_ptr": f"*{kept}", "grad_ptr": "*fp32"}
     types |= {"weight_ptr": f"*{name}"} | dict.fromkeys(("T", "M", "N"), "i32")

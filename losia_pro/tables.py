@@ -1,0 +1,82 @@
+"""Tables in device memory for one launch over many layers: where each subnet lies, and who writes which part of it.
+
+A layer is a row of eight int64: the addresses of its weight, subnet, ``out_idx`` and ``in_idx``, the subnet's rows and
+columns, and the weight's strides in elements. A part is two int32: a layer, and which block of its subnet. Both
+depend on the tensors' addresses, sizes and dtypes alone, which stay for a whole training run: tables are made
+once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEPT = 16  # sets of layers whose tables are kept
+
+
+class Table(NamedTuple):
+    """What one launch needs: layers of one device and one pair of dtypes."""
+
+    layers: Tensor
+    parts: Tensor
+    weight: Tensor  # an empty one of the weights' dtype and device
+    subnet: Tensor
+
+
+_kept: dict[Any, list[Table]] = {}
+
+
+def tables(
+    weights: Sequence[Tensor],
+    subnets: Sequence[Tensor],
+    out_idx: Sequence[Tensor],
+    in_idx: Sequence[Tensor],
+    rows: int,
+    columns: int,
+    check: Callable[[], None],
+) -> list[Table]:
+    """The tables for parts of ``rows`` x ``columns``; ``check`` is called before new ones are made.
+
+    Raises:
+        ValueError: a subnet or an index that is not contiguous.
+    """
+    key = (rows, columns), *[
+        (w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), s.shape, w.stride(), w.dtype, s.dtype)
+        for w, s, o, i in zip(weights, subnets, out_idx, in_idx, strict=True)
+    ]  # fmt: skip
+    found = _kept.get(key)
+    if found is None:
+        check()
+        for what, group in (("subnet", subnets), ("out_idx", out_idx), ("in_idx", in_idx)):
+            if strided := [t.stride() for t in group if not t.is_contiguous()]:
+                raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
+        pairs: dict[Any, list[int]] = {}
+        for k, (w, s) in enumerate(zip(weights, subnets, strict=True)):
+            pairs.setdefault((w.device, w.dtype, s.dtype), []).append(k)
+        while len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)))
+        found = _kept[key] = []
+        for chosen in pairs.values():
+            part = [[group[k] for k in chosen] for group in (weights, subnets, out_idx, in_idx)]
+            found.append(_make(part, rows, columns))
+    return found
+
+
+def _make(group: list[list[Tensor]], rows: int, columns: int) -> Table:
+    weights, subnets, _, _ = group
+    layers = torch.tensor(
+        [
+            [w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), *s.shape, *w.stride()]
+            for w, s, o, i in zip(*group, strict=True)
+        ]
+    )
+    n_parts = -(-layers[:, 4] // rows) * -(-layers[:, 5] // columns)
+    layer = torch.repeat_interleave(torch.arange(len(layers)), n_parts)
+    first = (n_parts.cumsum(0) - n_parts)[layer]
+    parts = torch.stack([layer, torch.arange(len(layer)) - first], 1).to(torch.int32)
+    device = weights[0].device
+    empty = (t[0].new_empty(0) for t in (weights, subnets))
+    return Table(layers.to(device), parts.contiguous().to(device), *empty)
