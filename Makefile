@@ -25,6 +25,8 @@ clean:
 
 # torch goes first, by itself and pinned: asked for together with others, an unpinned one can win.
 $(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: PYTHON=...")'
+	@echo "Installing into $(VENV): a minute or two, and more where downloads are slow."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton
 	touch $@
