@@ -33,10 +33,9 @@ cudaError_t importance_update(const ImportanceUpdate& update, cudaStream_t strea
 
 // weight[out_idx[i], in_idx[j]] = subnet[i, j] for many layers of one pair of dtypes. A layer is a row of eight int64:
 // the four addresses, the subnet's rows and columns, the weight's strides in elements. A part is two int32: a layer,
-// and which PART_ROWS x PART_COLUMNS of its subnet, row-major.
-constexpr int PART_ROWS = 2;
-constexpr int PART_COLUMNS = 1024;
-cudaError_t write_back(const int64_t* layers, const int32_t* parts, int64_t n_parts, Dtype weight, Dtype subnet,
-                       cudaStream_t stream);
+// and which block of its subnet, row-major: 2^log2_columns columns, at most PART in all.
+constexpr int PART = 2048;
+cudaError_t write_back(const int64_t* layers, const int32_t* parts, int64_t n_parts, int log2_columns, Dtype weight,
+                       Dtype subnet, cudaStream_t stream);
 
 }  // namespace losia

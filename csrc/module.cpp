@@ -44,11 +44,11 @@ void importance_update(uintptr_t importance, uintptr_t uncertainty, uintptr_t we
   check("importance_update", losia::importance_update(update, pointer<CUstream_st>(stream)));
 }
 
-void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int weight_dtype, int subnet_dtype, int device,
-                uintptr_t stream) {
+void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int log2_columns, int weight_dtype,
+                int subnet_dtype, int device, uintptr_t stream) {
   use(device);
   check("write_back", losia::write_back(pointer<const int64_t>(layers), pointer<const int32_t>(parts), n_parts,
-                                        losia::Dtype(weight_dtype), losia::Dtype(subnet_dtype),
+                                        log2_columns, losia::Dtype(weight_dtype), losia::Dtype(subnet_dtype),
                                         pointer<CUstream_st>(stream)));
 }
 
@@ -57,8 +57,7 @@ void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int weight_d
 PYBIND11_MODULE(_cuda, m) {
   m.attr("ARCHS") = LOSIA_CUDA_ARCHS;  // as CMake names them: 80-real is machine code alone, 120 with PTX too
   m.attr("TOOLKIT") = CUDART_VERSION;
-  m.attr("PART_ROWS") = losia::PART_ROWS;
-  m.attr("PART_COLUMNS") = losia::PART_COLUMNS;
+  m.attr("PART") = losia::PART;
   m.def("gather_columns", &gather_columns);
   m.def("importance_update", &importance_update);
   m.def("write_back", &write_back);

@@ -4,9 +4,9 @@ Bytes, for a subnet of n entries in fp32 and a weight of e bytes: 4 n read and n
 so memory moves every 32-byte sector that holds an entry, once in and once out. For LLaMA-2 7B at p = 1/8
 in bf16: 101 M entries, 0.4 GB of subnets and 2 x 1.4 GB of sectors, 0.8 ms at 4.3 TB/s. No arithmetic.
 
-The shape: a program writes one part, BLOCK_R rows x BLOCK_C columns of a layer's subnet, neighbouring lanes on
-neighbouring columns; tables in device memory say which (`losia_pro/tables.py`). To change the part, change the
-constants: any powers of two.
+The shape: a program writes one part, PART entries of a layer's subnet in rows as wide as the subnets need, neighbouring
+lanes on neighbouring columns; tables in device memory say which (`losia_pro/tables.py`). To change it, change
+PART: any power of two.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ..tables import tables
 
-BLOCK_R = 2
-BLOCK_C = 1024
+PART = 2048
 
 
 @triton.jit
@@ -66,11 +65,11 @@ def write_back_(
     Raises:
         ValueError: a subnet or an index that is not contiguous.
     """
-    for table in tables(weights, subnets, out_idx, in_idx, BLOCK_R, BLOCK_C, check):
+    for table in tables(weights, subnets, out_idx, in_idx, PART, check):
         n_parts = table.parts.shape[0]
         if n_parts:
             with torch.cuda.device_of(table.layers):
                 write_back_kernel[(n_parts,)](
                     table.layers, table.parts, table.weight, table.subnet,
-                    BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=8,
+                    BLOCK_R=table.rows, BLOCK_C=table.columns, num_warps=8,
                 )  # fmt: skip

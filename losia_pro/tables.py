@@ -18,10 +18,12 @@ KEPT = 16  # sets of layers whose tables are kept
 
 
 class Table(NamedTuple):
-    """What one launch needs: layers of one device and one pair of dtypes."""
+    """What one launch needs: layers of one device and one pair of dtypes, in parts of ``rows`` x ``columns``."""
 
     layers: Tensor
     parts: Tensor
+    rows: int
+    columns: int
     weight: Tensor  # an empty one of the weights' dtype and device
     subnet: Tensor
 
@@ -34,16 +36,16 @@ def tables(
     subnets: Sequence[Tensor],
     out_idx: Sequence[Tensor],
     in_idx: Sequence[Tensor],
-    rows: int,
-    columns: int,
+    part: int,
     check: Callable[[], None],
 ) -> list[Table]:
-    """The tables for parts of ``rows`` x ``columns``; ``check`` is called before new ones are made.
+    """The tables for parts of ``part`` entries, a power of two, in rows as wide as the widest subnet up to half of
+    that; ``check`` is called before new ones are made.
 
     Raises:
         ValueError: a subnet or an index that is not contiguous.
     """
-    key = (rows, columns), *[
+    key = part, *[
         (w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), s.shape, w.stride(), w.dtype, s.dtype)
         for w, s, o, i in zip(weights, subnets, out_idx, in_idx, strict=True)
     ]  # fmt: skip
@@ -60,12 +62,12 @@ def tables(
             _kept.pop(next(iter(_kept)))
         found = _kept[key] = []
         for chosen in pairs.values():
-            part = [[group[k] for k in chosen] for group in (weights, subnets, out_idx, in_idx)]
-            found.append(_make(part, rows, columns))
+            layers = [[group[k] for k in chosen] for group in (weights, subnets, out_idx, in_idx)]
+            found.append(_make(layers, part))
     return found
 
 
-def _make(group: list[list[Tensor]], rows: int, columns: int) -> Table:
+def _make(group: list[list[Tensor]], part: int) -> Table:
     weights, subnets, _, _ = group
     layers = torch.tensor(
         [
@@ -73,10 +75,15 @@ def _make(group: list[list[Tensor]], rows: int, columns: int) -> Table:
             for w, s, o, i in zip(*group, strict=True)
         ]
     )
-    n_parts = -(-layers[:, 4] // rows) * -(-layers[:, 5] // columns)
+    n_out, n_in = layers[:, 4], layers[:, 5]
+    columns = 1
+    while columns < min(part // 2, int(n_in.max())):
+        columns *= 2
+    rows = part // columns
+    n_parts = -(-n_out // rows) * -(-n_in // columns)
     layer = torch.repeat_interleave(torch.arange(len(layers)), n_parts)
     first = (n_parts.cumsum(0) - n_parts)[layer]
     parts = torch.stack([layer, torch.arange(len(layer)) - first], 1).to(torch.int32)
     device = weights[0].device
     empty = (t[0].new_empty(0) for t in (weights, subnets))
-    return Table(layers.to(device), parts.contiguous().to(device), *empty)
+    return Table(layers.to(device), parts.contiguous().to(device), rows, columns, *empty)

@@ -23,7 +23,7 @@ class Kernels(types.ModuleType):
     """What csrc/ computes, on the CPU and from the same arguments: addresses, sizes, strides."""
 
     ARCHS = "75-real,80-real,86-real,90-real,120"
-    PART_ROWS, PART_COLUMNS = 2, 16
+    PART = 32
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __init__(self) -> None:
@@ -67,8 +67,12 @@ class Kernels(types.ModuleType):
         i.copy_(smoothed)
         u.copy_(reference.uncertainty(u.float(), now, smoothed, beta2))
 
-    def write_back(self, layers, parts, n_parts, weight_dtype, subnet_dtype, device, stream):
+    def write_back(
+        self, layers, parts, n_parts, log2_columns, weight_dtype, subnet_dtype, device, stream
+    ):
         assert (device, stream) == (0, 7)
+        width = 2**log2_columns
+        height = self.PART // width
         for layer, part in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
             row = memory(layers + 64 * layer, 8, torch.int64).tolist()
             weight, subnet, out_idx, in_idx, n_out, n_in, stride_r, stride_c = row
@@ -76,11 +80,11 @@ class Kernels(types.ModuleType):
                 memory(p, n, torch.int64).tolist() for p, n in ((out_idx, n_out), (in_idx, n_in))
             )
             values = memory(subnet, n_out * n_in, self.DTYPES[subnet_dtype]).view(n_out, n_in)
-            across = -(-n_in // self.PART_COLUMNS)
-            i0, j0 = part // across * self.PART_ROWS, part % across * self.PART_COLUMNS
+            across = -(-n_in // width)
+            i0, j0 = part // across * height, part % across * width
             dtype = self.DTYPES[weight_dtype]
-            for i in range(i0, min(i0 + self.PART_ROWS, n_out)):
-                for j in range(j0, min(j0 + self.PART_COLUMNS, n_in)):
+            for i in range(i0, min(i0 + height, n_out)):
+                for j in range(j0, min(j0 + width, n_in)):
                     at = weight + (rows[i] * stride_r + columns[j] * stride_c) * dtype.itemsize
                     memory(at, 1, dtype).copy_(values[i, j])
 

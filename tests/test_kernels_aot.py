@@ -15,7 +15,7 @@ from losia_pro.kernels import gather_columns as gather  # noqa: E402
 from losia_pro.kernels import importance_update as importance  # noqa: E402
 from losia_pro.kernels import subnet_grad as grad  # noqa: E402
 from losia_pro.kernels.tiles import Device  # noqa: E402
-from losia_pro.kernels.write_back import BLOCK_C, BLOCK_R, write_back_kernel  # noqa: E402
+from losia_pro.kernels.write_back import PART, write_back_kernel  # noqa: E402
 
 KIB = 1024
 ARCHS = {
@@ -140,5 +140,5 @@ def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
 def test_write_back_compiles(arch, dtype):
     types = {"layers_ptr": "*i64", "parts_ptr": "*i32"}
     types |= {"weight_like": f"*{NAMES[dtype]}", "subnet_like": "*fp32"}
-    values = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
+    values = {"BLOCK_R": 4, "BLOCK_C": PART // 4}
     assert compile_for(arch, write_back_kernel, types, values, num_warps=4).asm["cubin"]
