@@ -19,7 +19,17 @@ PACKAGE = ROOT / "losia_pro"
 
 # From the bottom up: a room imports rooms of lower floors only.
 FLOORS: list[tuple[str, ...]] = [
-    ("config", "guard", "localize", "reference", "saved", "schedule", "selection", "shared", "tables"),
+    (
+        "config",
+        "guard",
+        "localize",
+        "reference",
+        "saved",
+        "schedule",
+        "selection",
+        "shared",
+        "tables",
+    ),
     ("torch_ops",),
     ("_cuda", "kernels"),
     ("_cuda_ops",),
