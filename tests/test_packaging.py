@@ -16,8 +16,8 @@ import pytest
 import losia_pro
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "losia_pro")
-SOURCES += ("kernels", "csrc")
+SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES += ("losia_pro", "kernels", "csrc")
 KERNELS = {f"losia_pro/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
