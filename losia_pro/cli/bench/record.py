@@ -64,7 +64,7 @@ class Record:
             "format": FORMAT,
             "benchmark": benchmark,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "arguments": {k: _plain(v) for k, v in vars(args).items() if not callable(v)},
+            "arguments": {k: v for k, v in vars(args).items() if k != "output" and not callable(v)},
             "device": description,
             "state_before": devices.state(device),
             "versions": _versions(),
@@ -121,10 +121,6 @@ def finish(record: Record, stopped: str | None, bad: list[str]) -> int:
         print(f"WRONG: {line}")
     print(f"\n{record.seconds():.0f} s. Recorded in {record.path}")
     return 1 if bad else 0
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _versions() -> dict[str, str | None]:
