@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..torch_ops import PRODUCT_DTYPES, check_contiguous
 from .indexing import INTERPRETED, needs_int64
-from .tiles import DTYPES, Device, Tiles, device_of, load_tile, operand
+from .tiles import Device, Tiles, device_of, load_tile, operand
 
 VARIANTS = ("taylor", "first", "second")
 GROUP_M = 8
@@ -153,18 +154,16 @@ def importance_update_(
         TypeError: operands of two dtypes, or of one other than fp32, bf16 and fp16; fp64 importance.
         ValueError: ``importance``, ``uncertainty`` or ``grad`` is not contiguous.
     """
-    if dy.dtype != x.dtype or dy.dtype not in DTYPES or importance.dtype not in DTYPES:
+    if (
+        dy.dtype != x.dtype
+        or dy.dtype not in PRODUCT_DTYPES
+        or importance.dtype not in PRODUCT_DTYPES
+    ):
         raise TypeError(
             "the triton importance_update_ takes dy and x of one dtype, fp32, bf16 or fp16, and such "
             f"importance; got {dy.dtype}, {x.dtype} and {importance.dtype}; use impl='torch'"
         )
-    for what, t in (
-        ("importance", importance),
-        ("uncertainty", uncertainty),
-        ("grad", grad),
-    ):
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+    check_contiguous(importance=importance, uncertainty=uncertainty, grad=grad)
     (n_out, n_in), tokens = weight.shape, dy.shape[0]
     if weight.numel() == 0:
         return

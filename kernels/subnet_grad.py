@@ -27,14 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_ops import product
+from ..torch_ops import check_operands, product
 from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64
-from .tiles import DTYPES, Device, Tiles, device_of, load_tile, operand
+from .tiles import Device, Tiles, device_of, load_tile, operand
 
-EXACT_TOKENS = (
-    256  # that fp32 operands are summed over in one chain: the sum is to be as exact as a library's
-)
+# That fp32 operands are summed over in one chain: the sum is to be as exact as a library's.
+EXACT_TOKENS = 256
 
 
 @triton.jit
@@ -128,13 +127,7 @@ def subnet_grad(
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
     """
-    for what, dtype in (("dy", dy.dtype), ("x_sub", x_sub.dtype), ("out_dtype", out_dtype)):
-        if dtype not in DTYPES:
-            raise TypeError(
-                f"the triton subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
-            )
-    if dy.dtype != x_sub.dtype:
-        raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
+    check_operands("triton", dy, x_sub, out_dtype)
     tokens, n_out, n_in = dy.shape[0], out_idx.shape[0], x_sub.shape[1]
     if tokens == 0 or n_out == 0 or n_in == 0:
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)

@@ -16,8 +16,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class Tiles(NamedTuple):
     """A launch's shape: columns of dy, columns of x, tokens a step, warps, steps in flight."""

@@ -21,7 +21,6 @@ except ImportError as error:
     raise ImportError(f"losia_pro._cuda does not load: {error}") from error
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/losia.h
-PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 2**22  # entries of a product at a time, 16 MiB in fp32: still in L2 when they are read
 
 
@@ -99,13 +98,7 @@ def subnet_grad(
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
     """
-    for what, dtype in (("dy", dy.dtype), ("x_sub", x_sub.dtype), ("out_dtype", out_dtype)):
-        if dtype not in PRODUCT_DTYPES:
-            raise TypeError(
-                f"the cuda subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
-            )
-    if dy.dtype != x_sub.dtype:
-        raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
+    torch_ops.check_operands("cuda", dy, x_sub, out_dtype)
     chosen = dy if group == dy.shape[1] else gather_columns(dy, out_idx, group)
     return torch_ops.product(chosen, x_sub, out_dtype)
 
@@ -133,7 +126,7 @@ def importance_update_(
         ValueError: ``importance``, ``uncertainty`` or ``grad`` is not contiguous.
     """
     kept = importance.dtype
-    if weight.dtype not in PRODUCT_DTYPES or kept not in (torch.float32, torch.bfloat16):
+    if weight.dtype not in torch_ops.PRODUCT_DTYPES or kept not in (torch.float32, torch.bfloat16):
         raise TypeError(
             "the cuda importance_update_ takes fp32, bf16 or fp16 weights and fp32 or bf16 importance; "
             f"got {weight.dtype} and {kept}; use impl='torch'"
@@ -143,9 +136,7 @@ def importance_update_(
             f"uncertainty must be {kept} and grad fp32, got {uncertainty.dtype} and "
             f"{None if grad is None else grad.dtype}"
         )
-    for what, t in (("importance", importance), ("uncertainty", uncertainty), ("grad", grad)):
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
+    torch_ops.check_contiguous(importance=importance, uncertainty=uncertainty, grad=grad)
     rows, columns = weight.shape
     at_once = max(128, _CHUNK // max(1, columns) // 128 * 128)
     for first in range(0, rows, at_once):

@@ -105,3 +105,24 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
     else:
         total.add_(product(a, b, total.dtype))
+
+
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels' products
+
+
+def check_operands(who: str, dy: Tensor, x_sub: Tensor, out_dtype: torch.dtype) -> None:
+    """Raise a TypeError for dtypes that the kernels' ``subnet_grad`` cannot take."""
+    for what, dtype in (("dy", dy.dtype), ("x_sub", x_sub.dtype), ("out_dtype", out_dtype)):
+        if dtype not in PRODUCT_DTYPES:
+            raise TypeError(
+                f"the {who} subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
+            )
+    if dy.dtype != x_sub.dtype:
+        raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raise a ValueError for a tensor, by name, that a kernel would read wrongly."""
+    for what, t in tensors.items():
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
