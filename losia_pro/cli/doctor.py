@@ -141,6 +141,9 @@ def _dotted(number: int) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        # With its build (+cpu, +cu130), which the package's version need not name.
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:

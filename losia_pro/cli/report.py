@@ -129,6 +129,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    # With its build (+cpu, +cu130), which the package's version need not name.
+    versions["torch"] = str(torch.__version__)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "versions": versions,
