@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from .distributed import ranks_of
 from .profile import Profile
+from .reselect import reselect
 
 if TYPE_CHECKING:
     from .controller import Losia
@@ -18,6 +21,7 @@ def calibrate(
     batches: Sequence[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     groups_at_once: int | None,
+    process_group: ProcessGroup | None,
 ) -> None:
     """See ``Losia.calibrate``."""
     if not batches:
@@ -26,6 +30,9 @@ def calibrate(
         raise RuntimeError(
             f"calibrate() comes before training; {losia.step} steps were made already"
         )
+    losia._ranks = ranks_of(losia, process_group)
+    if losia._ranks:
+        losia._ranks.check_start(losia, "at calibrate()", len(batches))
     loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
     n_groups = len(losia.groups)
     at_once = groups_at_once or n_groups
@@ -56,7 +63,7 @@ def _profile_and_move(
     for batch in batches:
         loss_of(losia.model, batch).backward()
         for profile in losia._profiles():
-            profile.update()
+            profile.update(reduce=losia._ranks.mean_ if losia._ranks else None)
         losia.model.zero_grad(set_to_none=True)
     for group in groups:
-        losia._reselect(group)
+        reselect(losia, group)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .profile import Profile
+from .reselect import Reselection
 from .selection import select_together
 
 if TYPE_CHECKING:
     from .controller import Losia
 
 STATE_VERSION = 1
-
-
-class Reselection(NamedTuple):
-    """One linear's move: after ``step`` optimizer steps, ``group``'s linear ``name``.
-
-    ``score_kept`` is the share of the linear's whole score that its new subnet holds, ``overlap`` the
-    share of the new subnet's entries that were in the last; both in [0, 1].
-    """
-
-    step: int
-    group: int
-    name: str
-    score_kept: float
-    overlap: float
 
 
 # Settings that a resumed run must share with the one it continues.
@@ -128,3 +115,5 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     losia.write_back()
     if losia._optimizer is not None:
         losia._set_profiled()
+        if losia._ranks:
+            losia._ranks.check_start(losia, "at load_state_dict()")

@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import checkpoint, delta
 from .calibrate import calibrate
-from .checkpoint import Reselection
 from .config import LosiaConfig
 from .convert import convert, replace
 from .discover import check_weights, find_targets, subnet_sizes
+from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear
-from .profile import Move, Profile, relocate
+from .optimizer import check_optimizer
+from .profile import Profile
+from .reselect import Reselection, place_of, reselect
 from .schedule import Schedule
 
 
@@ -71,6 +74,7 @@ class Losia:
         self._scaler: Any = None
         self._handles: list[Any] = []
         self._skip = False
+        self._ranks: Ranks | None = None
         self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
         self._calibrated = config.init == "random"
         self._original = linears
@@ -79,6 +83,7 @@ class Losia:
         model.requires_grad_(False)
         self.modules = convert(linears, sizes, self.sets, config)
         replace(model, {id(linears[n]): self.modules[n] for n in linears})
+        keep_from_broadcast(model, self.modules.values())
         self._forget_touched()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -91,32 +96,27 @@ class Losia:
 
     # --- training -----------------------------------------------------------------------------------
 
-    def bind(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+    def bind(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         """Hook write-back, profiling, re-selection, state reset and rewarming into ``optimizer.step()``.
 
         Args:
             optimizer: any ``torch.optim`` optimizer but LBFGS that holds every subnet. Binding another
                 one replaces the last.
             scaler: the ``torch.amp.GradScaler`` in use, if any: importance needs gradients unscaled.
+            process_group: the processes that train this model together, by ``DistributedDataParallel``;
+                default: all of them, once ``torch.distributed`` is initialised. Each calls ``bind``.
 
         Raises:
             TypeError: not a ``torch.optim.Optimizer``.
             ValueError: LBFGS; subnets missing from the optimizer; ``init="calibrate"`` not done yet.
+            RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(  # noqa: TRY004
-                "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "
-                "that move; use a first-order optimizer such as AdamW"
-            )
-        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        missing = [n for n, m in self.modules.items() if id(m.subnet) not in held]
-        if missing:
-            raise ValueError(
-                f"the optimizer lacks {len(missing)} of {len(self.modules)} subnets, e.g. {missing[0]}; "
-                "create it with losia.parameters()"
-            )
+        check_optimizer(optimizer, {n: m.subnet for n, m in self.modules.items()})
         if not self._calibrated:
             raise ValueError(
                 'config.init is "calibrate": call losia.calibrate(batches) before bind()'
@@ -128,6 +128,9 @@ class Losia:
             optimizer.register_step_post_hook(self._after_step),
         ]
         self._set_profiled()
+        self._ranks = ranks_of(self, process_group)
+        if self._ranks:
+            self._ranks.check_start(self, "at bind()")
 
     def _unbind(self) -> None:
         for handle in self._handles:
@@ -170,14 +173,17 @@ class Losia:
             if self._skip:
                 profile.discard()
             else:
-                profile.update(1.0 if self._scaler is None else 1.0 / self._scaler.get_scale())
+                scale = 1.0 if self._scaler is None else 1.0 / self._scaler.get_scale()
+                profile.update(scale, self._ranks.mean_ if self._ranks else None)
         self.write_back()
         if self._skip:
             return
+        if self._ranks:
+            self._ranks.check_step(self)
         moved = self.schedule.reselected(self.step)
         self.step += 1
         for group in moved:
-            self._reselect(group)
+            reselect(self, group)
         self._set_profiled()
 
     def write_back(self) -> None:
@@ -192,21 +198,7 @@ class Losia:
                 impl=self.config.impl,
             )
         for m in modules:
-            m._written = m.subnet._version
-
-    def _reselect(self, group: int) -> None:
-        """Move a profiled group's subnets to where its score is, and start their optimizer state afresh."""
-        for names in self.sets:
-            if names[0] not in self.groups[group]:
-                continue
-            moves = relocate([self.modules[n] for n in names], self.config)
-            for name, move in zip(names, moves or [Move(0.0, 1.0)] * len(names), strict=True):
-                self.history.append(Reselection(self.step, group, name, *move))
-                if moves is None:  # no gradient came: nothing speaks for another place
-                    continue
-                self._touched[name].append(_pair(self.modules[name]))
-                if self._optimizer is not None:
-                    self._optimizer.state.pop(self.modules[name].subnet, None)
+            m.mark_written()
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""
@@ -214,13 +206,14 @@ class Losia:
 
     def _forget_touched(self) -> None:
         """Record that the subnets have been nowhere but where they are."""
-        self._touched = {n: [_pair(m)] for n, m in self.modules.items()}
+        self._touched = {n: [place_of(m)] for n, m in self.modules.items()}
 
     def calibrate(
         self,
         batches: Sequence[Any],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         groups_at_once: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """Choose the first subnets by importance over a few batches, one importance update a batch.
 
@@ -229,12 +222,13 @@ class Losia:
             loss_fn: ``(model, batch) -> scalar``; default ``model(**batch).loss``.
             groups_at_once: how many groups to profile in one pass over the batches (two fp32 buffers the
                 size of their weights each); default all.
+            process_group: as ``bind``'s; each process brings its own part of every batch.
 
         Raises:
             ValueError: no batches.
-            RuntimeError: training has begun.
+            RuntimeError: training has begun; ranks that differ.
         """
-        calibrate(self, batches, loss_fn, groups_at_once)
+        calibrate(self, batches, loss_fn, groups_at_once, process_group)
 
     # --- state --------------------------------------------------------------------------------------
 
@@ -288,12 +282,9 @@ class Losia:
             module = self.modules[name]
             linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
             linear.train(module.training)
+        allow_broadcast(self.model, self.modules.values())
         replace(self.model, {id(self.modules[n]): m for n, m in self._original.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
             parameter.grad = None
         return self.model
-
-
-def _pair(module: SubnetLinear) -> tuple[Tensor, Tensor]:
-    return module.out_idx.cpu().clone(), module.in_idx.cpu().clone()

@@ -130,7 +130,7 @@ class SubnetLinear(nn.Linear):
         for name, idx in (("out_idx", out_idx), ("in_idx", in_idx)):
             self.register_buffer(name, idx.to(self.weight.device), persistent=False)
         self.subnet = nn.Parameter(self._block())
-        self._written = self.subnet._version
+        self.mark_written()
 
     def _block(self) -> Tensor:
         """The subnet's entries as the dense weight holds them, in the compact dtype."""
@@ -142,7 +142,7 @@ class SubnetLinear(nn.Linear):
         if not torch.compiler.is_compiling():
             self._guard.check()
             if self.subnet._version > self._written:
-                _warn_stale()
+                self._check_written()
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         return subnet_linear(
@@ -181,7 +181,19 @@ class SubnetLinear(nn.Linear):
         torch.ops.losia_pro.write_back_(
             [self.weight], [self.subnet], [self.out_idx], [self.in_idx], impl=self.impl
         )
-        self._written = self.subnet._version
+        self.mark_written()
+
+    def mark_written(self) -> None:
+        """The dense weight holds the subnet as it is now."""
+        self._written, self._weight_then = self.subnet._version, self.weight._version
+
+    def _check_written(self) -> None:
+        """A subnet that was set together with its dense weight is in it: the start of
+        ``DistributedDataParallel`` sets all parameters."""
+        if self.weight._version == self._weight_then:
+            _warn_stale()
+        else:
+            self.mark_written()
 
     @torch.no_grad()
     def adopt_weight(self) -> None:
@@ -190,7 +202,7 @@ class SubnetLinear(nn.Linear):
         block = self._block()
         same = self.subnet.to(self.weight.dtype) == block.to(self.weight.dtype)
         self.subnet.copy_(torch.where(same, self.subnet, block))
-        self._written = self.subnet._version
+        self.mark_written()
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that shares ``weight`` (subnet written back) and ``bias``."""
@@ -204,7 +216,7 @@ class SubnetLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._guard = RecomputeGuard()  # a copy has no forward yet
-        self._written = self.subnet._version
+        self.mark_written()
 
     def extra_repr(self) -> str:
         n_out, n_in = self.subnet.shape
@@ -276,5 +288,5 @@ def _warn_stale() -> None:
         "a subnet was changed but not written into its dense weight, so the forward does not see it: "
         "bind the optimizer with losia.bind(optimizer), or call write_back() after each step",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

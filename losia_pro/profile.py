@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -75,9 +75,19 @@ class Profile:
         self.grad = self.pending = None
 
     @torch.no_grad()
-    def update(self, scale: float = 1.0) -> None:
-        """Close an optimizer step: fold its gradient, times ``scale``, into importance and uncertainty."""
+    def update(self, scale: float = 1.0, reduce: Callable[[Tensor], None] | None = None) -> None:
+        """Close an optimizer step: fold its gradient, times ``scale``, into importance and uncertainty.
+
+        ``reduce`` makes the whole batch's gradient of this process's, in place; zeros if it has none.
+        """
         c, weight = self.config, self.module.weight
+        if reduce is not None:
+            if self.pending is not None:
+                self._fold()
+            if self.grad is None:
+                dtype = ops.compact_dtype(weight.dtype)
+                self.grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            reduce(self.grad)
         dy, x = self.pending or (weight.new_empty(0, size) for size in weight.shape)
         torch.ops.losia_pro.importance_update_(
             self.importance, self.uncertainty, weight, dy, x, self.grad,

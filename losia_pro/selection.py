@@ -32,7 +32,7 @@ def select_together(
         m.in_idx.copy_(into)
         m._guard.selected()
         m.subnet.copy_(torch.where(stays, exact, m._block()))
-        m._written = m.subnet._version
+        m.mark_written()
 
 
 def random_neurons(

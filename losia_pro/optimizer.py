@@ -1,0 +1,31 @@
+"""What an optimizer must be to train subnets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer that ``Losia.bind`` cannot hook into, or that would leave a subnet out.
+
+    Raises:
+        TypeError: not a ``torch.optim.Optimizer``.
+        ValueError: LBFGS; subnets missing from the optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(  # noqa: TRY004
+            "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "
+            "that move; use a first-order optimizer such as AdamW"
+        )
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    missing = [n for n, subnet in subnets.items() if id(subnet) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "
+            "create it with losia.parameters()"
+        )

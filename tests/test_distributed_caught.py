@@ -1,0 +1,192 @@
+"""Ranks that differ: every rank raises the same error, which names them and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+import toys
+from ranks import CONFIG, Run, data, launch, rank_and_size
+from torch import nn
+from torch.distributed import new_group
+from torch.nn.parallel import DistributedDataParallel
+
+import losia_pro
+from losia_pro import profile
+
+ODD = 1  # the rank that is tampered with, of three
+
+
+def is_odd() -> bool:
+    return rank_and_size()[0] == ODD
+
+
+def other_first(idx: torch.Tensor, size: int) -> torch.Tensor:
+    """The same indices but one."""
+    free = next(i for i in range(size) if i not in idx)
+    return torch.cat((idx[1:], idx.new_tensor([free]))).sort().values
+
+
+def base_weights() -> None:
+    Run(
+        seed=rank_and_size()[0] == ODD
+    ).bind()  # DistributedDataParallel sends rank 0's: too late for the delta
+
+
+def weights_after_the_wrapper() -> None:
+    run = Run()
+    if is_odd():
+        with torch.no_grad():
+            run.model.norm.weight[3] += 1e-12
+    run.bind()
+
+
+def another_seed() -> None:
+    Run(dataclasses.replace(CONFIG, seed=int(is_odd()))).bind()
+
+
+def first_subnets() -> None:
+    run = Run()
+    if is_odd():
+        m = run.losia.modules["layers.0.up"]
+        m.select(other_first(m.out_idx, m.out_features), m.in_idx)
+    run.bind()
+
+
+def subnets_on_the_way() -> None:
+    run = Run().bind().go(data()[:4])
+    if is_odd():
+        m = run.losia.modules["layers.1.down"]
+        m.select(m.out_idx, other_first(m.in_idx, m.in_features))
+    run.go(data()[4:])
+
+
+def a_choice_of_its_own() -> None:
+    choose = profile.localize_together
+
+    def other(scores, *rest):
+        out_idx, in_idx = choose(scores, *rest)
+        return [other_first(out_idx[0], scores[0].shape[0]), *out_idx[1:]], in_idx
+
+    if is_odd():
+        profile.localize_together = other
+    try:
+        Run().bind().go(data())
+    finally:
+        profile.localize_together = choose
+
+
+def a_dropped_reduction() -> None:
+    run = Run().bind().go(data()[:1])
+    mean = run.losia._ranks.mean_
+    if is_odd():
+        run.losia._ranks.mean_ = lambda grad: mean(grad.clone())
+    run.go(data()[1:2])
+    run.losia._ranks.mean_ = mean
+    run.go(data()[2:])
+
+
+def the_model_inside() -> None:
+    run = Run().bind()
+    run.net = run.model
+    run.go(data())
+
+
+def attached_after_the_wrapper() -> None:
+    model = toys.stack(torch.float64)
+    net = DistributedDataParallel(model)
+    run = Run(model=model, wrap=False).bind()
+    run.net = net
+    run.go(data())
+
+
+def another_step() -> None:
+    run = Run().bind().go(data()[:6])
+    early = Run().bind().go(data()[:2]).state()
+    Run().load(early if is_odd() else run.state()).bind()
+
+
+def another_step_after_bind() -> None:
+    run = Run().bind().go(data()[:6])
+    early = Run().bind().go(data()[:2]).state()
+    Run().bind().load(early if is_odd() else run.state())
+
+
+def batches_to_calibrate_with() -> None:
+    config = dataclasses.replace(CONFIG, init="calibrate")
+    Run(config).losia.calibrate(data()[: 3 - is_odd()], toys.loss_of)
+
+
+CASES = {
+    base_weights: (r"at bind\(\), rank 1 .* in: base weights; .* before attach", "1"),
+    weights_after_the_wrapper: (r"at bind\(\), .* in: weights; load the same weights", "1"),
+    another_seed: (r"at bind\(\), .* in: settings, subnets.*; .*LosiaConfig", "1"),
+    first_subnets: (r"at bind\(\), .* in: subnets, weights; select\(\)", "1"),
+    subnets_on_the_way: (r"before the re-selection at step 6, .* in: subnets, weights", "1"),
+    a_choice_of_its_own: (r"after the re-selection at step 3, .* in: subnets; ", "1"),
+    a_dropped_reduction: (r"before the re-selection at step 3, .* in: importance; ", "1"),
+    the_model_inside: (r"after the first step, .* in: weights; .*DistributedDataParallel", "1, 2"),
+    attached_after_the_wrapper: (r"after the first step, .* wrapped after attach", "1, 2"),
+    another_step: (r"at bind\(\), .* in: step, .*; resume every rank", "1"),
+    another_step_after_bind: (r"at load_state_dict\(\), .* in: step, .*; resume every rank", "1"),
+    batches_to_calibrate_with: (r"at calibrate\(\), .* in: batches to calibrate with; ", "1"),
+}
+
+
+def all_cases() -> dict[str, str]:
+    """The error that each case ends with."""
+    errors = {}
+    for case in CASES:
+        try:
+            case()
+            errors[case.__name__] = "no error"
+        except RuntimeError as error:
+            errors[case.__name__] = str(error)
+    return errors
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    return launch(all_cases, 3, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c.__name__ for c in CASES])
+def test_every_rank_names_the_one_that_differs(errors, case):
+    pattern, odd = CASES[case]
+    first = errors[0][case.__name__]
+    assert re.search(pattern, first), first
+    assert f"rank {odd} differs from rank 0" in first
+    assert [e[case.__name__] for e in errors] == [first] * 3
+
+
+def alone_in_a_group() -> bool:
+    """Each rank a training of its own: other data, other subnets."""
+    rank, size = rank_and_size()
+    groups = [new_group([r]) for r in range(size)]
+    config = dataclasses.replace(CONFIG, seed=rank)
+    run = Run(config, wrap=False, seed=rank).bind(process_group=groups[rank])
+    run.go(data())
+    return run.losia.step == len(data())
+
+
+def test_a_group_of_one_trains_alone(tmp_path):
+    assert launch(alone_in_a_group, 2, tmp_path) == [True, True]
+
+
+def sharded() -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: nn.Module = toys.stack()
+    losia = losia_pro.attach(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TypeError) as error:
+        losia.bind(torch.optim.AdamW(losia.parameters()))
+    return str(error.value)
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    for message in launch(sharded, 2, tmp_path):
+        assert "use DistributedDataParallel" in message
