@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import losia_pro
@@ -198,9 +199,19 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(tmp_path, resume=True, config=other)
 
 
-def test_several_devices_are_refused(tmp_path):
+def test_data_parallel_in_one_process_is_refused(tmp_path):
     losia = losia_pro.attach(tiny_llama(), CONFIG)
     args = arguments(tmp_path)
     args._n_gpu = 2
-    with pytest.raises(ValueError, match="2 devices"):
+    with pytest.raises(ValueError, match="DataParallel.*torchrun --nproc_per_node 2"):
+        LosiaCallback(losia).on_train_begin(args, None, None, optimizer=None)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_shard_the_model_are_refused(tmp_path, monkeypatch, engine):
+    losia = losia_pro.attach(tiny_llama(), CONFIG)
+    args = arguments(tmp_path)
+    state = args.distributed_state._shared_state  # where accelerate notes its engine
+    monkeypatch.setitem(state, "distributed_type", DistributedType[engine])
+    with pytest.raises(ValueError, match=f"{engine} is not supported"):
         LosiaCallback(losia).on_train_begin(args, None, None, optimizer=None)

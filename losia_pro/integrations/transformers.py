@@ -22,11 +22,13 @@ class LosiaCallback(TrainerCallback):
     ``optimizer.pt``, so that a run resumed from it (``trainer.train(resume_from_checkpoint=...)``, of any
     folder) is bitwise the run that was not stopped. Re-selections appear in Trainer's logs as
     ``losia_moved`` (linears moved since the last log), ``losia_score_kept`` and ``losia_overlap`` (their
-    means); see ``losia.history`` for each.
+    means); see ``losia.history`` for each. Started by ``torchrun`` or ``accelerate launch``, several processes
+    train one model through ``DistributedDataParallel``.
 
     Raises, when training begins:
         ValueError: the optimizer lacks the subnets; a checkpoint without or with another LoSiA state;
-            ``torch.nn.DataParallel`` or several processes.
+            ``torch.nn.DataParallel``, FSDP, DeepSpeed or another engine that shards the model.
+        RuntimeError: processes that differ, in the weights they start from say.
     """
 
     def __init__(self, losia: Losia) -> None:
@@ -37,11 +39,7 @@ class LosiaCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.n_gpu > 1 or args.world_size > 1:
-            raise ValueError(
-                f"training on {max(args.n_gpu, args.world_size)} devices at once is not supported yet; "
-                "run one process with one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
+        _refuse_other_engines(args)
         wrapped = kwargs["optimizer"]
         optimizer: Optimizer = wrapped
         while hasattr(optimizer, "optimizer"):  # accelerate wraps it; hooks belong on the inner one
@@ -86,3 +84,17 @@ class LosiaCallback(TrainerCallback):
             logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
+
+
+def _refuse_other_engines(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"torch.nn.DataParallel, which Trainer uses for {args.n_gpu} GPUs in one process, is not supported; "
+            f"start a process for each (torchrun --nproc_per_node {args.n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
+        )
+    engine = args.distributed_state.distributed_type.name if args.distributed_state else "NO"
+    if engine != "NO" and not engine.startswith("MULTI_"):  # MULTI_GPU, MULTI_CPU, ...
+        raise ValueError(
+            f"{engine} is not supported; several processes train through DistributedDataParallel: "
+            "leave FSDP, DeepSpeed and the like out of TrainingArguments and of accelerate's config"
+        )
