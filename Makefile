@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 VENV   := .venv
-PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # Two processes with a thread each; a machine with more cores can have more.
 JOBS   ?= 2
 
@@ -24,7 +25,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info losia_pro/_cuda*.so
 
 # torch goes first, by itself and pinned: asked for together with others, an unpinned one can win.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: PYTHON=...")'
 	@echo "Installing into $(VENV): a minute or two, and more where downloads are slow."
 	$(PYTHON) -m venv $(VENV)
