@@ -7,10 +7,12 @@ from .delta import load_delta
 from .functional import subnet_linear
 from .linear import SubnetLinear
 from .localize import localize
+from .switch import Delta
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "Losia",
     "LosiaConfig",
     "SubnetLinear",

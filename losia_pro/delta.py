@@ -1,14 +1,8 @@
 """Deltas: what training changed, in one safetensors file with a JSON header; never pickle.
 
-Each linear is stored in the smaller of two forms, with absolute values in the weight's dtype:
-
-- blocks: ``<name>.out_idx.<k>``, ``<name>.in_idx.<k>`` (int64) and ``<name>.values.<k>``, one for each place
-  its subnet was in;
-- bitmap: ``<name>.mask`` (uint8, one bit an entry, row-major, least significant bit first) and
-  ``<name>.values``, the marked entries in order.
-
-Trained biases are stored whole as ``<name>.bias``. The header's ``base`` identifies the weights before
-training, so that a delta cannot land on another base.
+The entries of each linear that may have changed are stored as absolute values (see ``entries``), trained biases
+whole as ``<name>.bias``. The header's ``base`` identifies the weights before training, so that a delta cannot
+land on another base; ``modules`` has each linear's form, and ``shapes`` its weight's shape.
 """
 
 from __future__ import annotations
@@ -22,13 +16,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .entries import FORMS, Block, bounds, check_entries, decode, encode
 from .linear import SubnetLinear
 
 FORMAT = "losia-pro-delta"
 VERSION = "1"
-FORMS = ("blocks", "bitmap")
-
-Block = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -37,14 +29,22 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     bits, taken as integers. Exact on every device, one pass over the weights, nothing of their size
     allocated."""
     h = hashlib.sha256()
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name in sorted(weights):
         w = weights[name].detach()
         h.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        bits = w.view(integer[w.element_size()])
         for axis in (0, 1):
-            h.update(str(bits.sum(axis, dtype=torch.int64).tolist()).encode())
+            h.update(str(_bits(w).sum(axis, dtype=torch.int64).tolist()).encode())
     return h.hexdigest()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaN and the sign of zero included."""
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(t: Tensor) -> Tensor:
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.view(integer[t.element_size()])
 
 
 def save(
@@ -69,11 +69,17 @@ def save(
     tensors: dict[str, Tensor] = {}
     forms: dict[str, str] = {}
     for name, weight in weights.items():
-        forms[name], parts = _encode(weight.detach(), touched[name])
+        forms[name], parts = encode(weight.detach(), touched[name])
         tensors.update({f"{name}.{key}": t for key, t in parts.items()})
     for name, bias in biases.items():
         tensors[f"{name}.bias"] = bias.detach().cpu().contiguous()
-    about = {"format": FORMAT, "version": VERSION, "modules": json.dumps(forms), **header}
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "modules": json.dumps(forms),
+        "shapes": json.dumps({name: list(weight.shape) for name, weight in weights.items()}),
+        **header,
+    }
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
         complete = os.path.join(room, "delta")
         save_file(tensors, complete, about)
@@ -102,36 +108,57 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     header, tensors = read(path)
     try:
-        forms = _forms(header)
-        linears = {name: _linear(model, name) for name in forms}
-        found = digest({name: linear.weight for name, linear in linears.items()})
-        if found != header.get("base"):
-            raise ValueError(
-                f"the delta was made from other weights (base {header.get('base', 'unknown')[:12]}, this "
-                f"model {found[:12]}); load the base model that was fine-tuned, in the same dtype"
-            )
-        known: set[str] = set()
-        for name, form in forms.items():
-            known |= _check(linears[name], form, name, tensors)
-        if extra := tensors.keys() - known:
-            raise ValueError(f"malformed delta: {min(extra)} belongs to none of its modules")
+        linears = targets(model, header, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     with torch.no_grad():
-        for name, form in forms.items():
-            linear = linears[name]
-            blocks = _decode(linear.weight, form, name, tensors)
-            if f"{name}.bias" in tensors:
-                linear.bias.copy_(tensors[f"{name}.bias"])
+        for name, linear in linears.items():
+            weight, entries = linear.weight, decode(linear.weight, name, tensors)
+            bias = tensors.get(f"{name}.bias")
+            for at, values in entries:
+                weight[at] = values
+            if bias is not None:
+                linear.bias.copy_(bias)
             if isinstance(linear, SubnetLinear):
                 linear.adopt_weight()
-                linear.loaded_blocks += blocks
-                linear.loaded_bias |= f"{name}.bias" in tensors
+                linear.loaded_blocks += [bounds(at) for at, _ in entries]
+                linear.loaded_bias |= bias is not None
     return model
 
 
-def _forms(header: Mapping[str, str]) -> dict[str, str]:
-    """The form of each module, by name, out of the header."""
+def targets(
+    model: nn.Module, header: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, nn.Linear]:
+    """The linears of ``model`` that a delta is for, by name.
+
+    Raises:
+        ValueError: ``model`` is not the base that it was made from, or the delta is malformed.
+    """
+    forms = modules_of(header)
+    linears = {name: _linear(model, name) for name in forms}
+    found = digest({name: linear.weight for name, linear in linears.items()})
+    if found != header.get("base"):
+        raise ValueError(
+            f"the delta was made from other weights (base {header.get('base', 'unknown')[:12]}, this "
+            f"model {found[:12]}); load the base model that was fine-tuned, in the same dtype"
+        )
+    check(linears, forms, tensors)
+    return linears
+
+
+def check(
+    linears: Mapping[str, nn.Linear], forms: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise a ValueError unless the tensors are all there, fit the linears, and no others are there."""
+    known: set[str] = set()
+    for name, form in forms.items():
+        known |= check_entries(linears[name], form, name, tensors)
+    if extra := tensors.keys() - known:
+        raise ValueError(f"malformed delta: {min(extra)} belongs to none of its modules")
+
+
+def modules_of(header: Mapping[str, str]) -> dict[str, str]:
+    """The form of each module, by name, out of the header; a ValueError if they are not there."""
     try:
         forms = json.loads(header.get("modules", ""))
     except (ValueError, RecursionError):
@@ -177,94 +204,3 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor
             f"{path}: delta version {header.get('version')}; this release reads version {VERSION}"
         )
     return header, tensors
-
-
-def _encode(weight: Tensor, blocks: list[Block]) -> tuple[str, dict[str, Tensor]]:
-    mask = torch.zeros(weight.shape, dtype=torch.bool)
-    block_bytes = 0
-    for rows, columns in blocks:
-        mask[rows[:, None], columns] = True
-        n = rows.numel() * columns.numel()
-        block_bytes += n * weight.element_size() + 8 * (rows.numel() + columns.numel())
-    bitmap_bytes = int(mask.sum()) * weight.element_size() + -(-mask.numel() // 8)
-    if block_bytes <= bitmap_bytes:
-        parts = {}
-        for k, (rows, columns) in enumerate(blocks):
-            on = rows.to(weight.device), columns.to(weight.device)
-            parts[f"out_idx.{k}"], parts[f"in_idx.{k}"] = rows.clone(), columns.clone()
-            parts[f"values.{k}"] = weight[on[0][:, None], on[1]].cpu().contiguous()
-        return "blocks", parts
-    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-    return "bitmap", {"mask": packed, "values": weight[mask.to(weight.device)].cpu()}
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
-
-
-def _check(linear: nn.Linear, form: str, name: str, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names of one module's tensors; a ValueError if one is missing or does not fit the module."""
-    known: set[str] = set()
-    weight = linear.weight
-
-    def take(part: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
-        key = f"{name}.{part}"
-        if key not in tensors:
-            raise ValueError(f"malformed delta: {key} is missing")
-        t = tensors[key]
-        fits = t.dim() == len(shape) and all(
-            n in (None, m) for n, m in zip(shape, t.shape, strict=True)
-        )
-        if t.dtype != dtype or not fits:
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ValueError(
-                f"malformed delta: {key} is {t.dtype} {tuple(t.shape)}, not {dtype} ({wanted})"
-            )
-        known.add(key)
-        return t
-
-    def take_indices(part: str, size: int) -> int:
-        idx = take(part, torch.int64, None)
-        ordered = bool((idx[1:] > idx[:-1]).all())
-        if not (len(idx) and ordered and int(idx[0]) >= 0 and int(idx[-1]) < size):
-            raise ValueError(
-                f"malformed delta: {name}.{part} is not of ascending indices below {size}"
-            )
-        return len(idx)
-
-    if form == "bitmap":
-        bits = _unpack(take("mask", torch.uint8, -(-weight.numel() // 8)))
-        if bool(bits[weight.numel() :].any()):
-            raise ValueError(f"malformed delta: {name}.mask marks entries beyond the last")
-        take("values", weight.dtype, int(bits.sum()))
-    else:
-        k = 0
-        while k == 0 or any(f"{name}.{p}.{k}" in tensors for p in ("out_idx", "in_idx", "values")):
-            n_out = take_indices(f"out_idx.{k}", weight.shape[0])
-            n_in = take_indices(f"in_idx.{k}", weight.shape[1])
-            take(f"values.{k}", weight.dtype, n_out, n_in)
-            k += 1
-    if f"{name}.bias" in tensors:
-        if linear.bias is None:
-            raise ValueError(f"the delta holds a bias of {name}, which has none in this model")
-        take("bias", linear.bias.dtype, *linear.bias.shape)
-    return known
-
-
-def _decode(weight: Tensor, form: str, name: str, tensors: Mapping[str, Tensor]) -> list[Block]:
-    """Write one module's entries; returns blocks that hold them all."""
-    if form == "bitmap":
-        bits = _unpack(tensors[f"{name}.mask"])
-        mask = bits[: weight.numel()].view(weight.shape)
-        weight[mask.to(weight.device)] = tensors[f"{name}.values"].to(weight.device)
-        return [(mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten())]
-    blocks: list[Block] = []
-    while f"{name}.out_idx.{len(blocks)}" in tensors:
-        rows, columns, values = (
-            tensors[f"{name}.{part}.{len(blocks)}"] for part in ("out_idx", "in_idx", "values")
-        )
-        on = rows.to(weight.device), columns.to(weight.device)
-        weight[on[0][:, None], on[1]] = values.to(weight.device)
-        blocks.append((rows, columns))
-    return blocks

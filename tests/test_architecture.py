@@ -21,6 +21,7 @@ PACKAGE = ROOT / "losia_pro"
 FLOORS: list[tuple[str, ...]] = [
     (
         "config",
+        "entries",
         "guard",
         "localize",
         "optimizer",
@@ -39,7 +40,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("profile",),
     ("linear",),
     ("convert", "delta", "discover"),
-    ("distributed", "inputs", "reselect"),
+    ("distributed", "inputs", "reselect", "switch"),
     ("calibrate", "checkpoint"),
     ("controller",),
     ("__init__",),
