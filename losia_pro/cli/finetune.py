@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         CliError: for whatever the user can do something about.
     """
     given = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
+    _check_alone()
     resume = given.pop("resume", None)
     if resume:
         folder = _reopen(given, resume)
@@ -66,6 +68,15 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise CliError(f"out of memory: {REMEDIES}") from error
     return 0
+
+
+def _check_alone() -> None:
+    """Several processes would write one folder, and train on the same batches."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise CliError(
+            "finetune is one process on one device; for several, use Trainer with "
+            "losia_pro.integrations.transformers.LosiaCallback in a script of your own"
+        )
 
 
 def _check_packages(methods: list[str]) -> None:
