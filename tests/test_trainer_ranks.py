@@ -1,8 +1,9 @@
-"""Trainer on two processes, as torchrun starts them."""
+"""Trainer and the example's loop on two processes, as torchrun starts them."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +13,29 @@ import torch
 import toys
 from test_trainer import STEPS
 from trainer_ranks import LR, on_the_whole_batch
+from transformers import AutoModelForCausalLM
+
+import losia_pro
 
 SCRIPT = Path(__file__).parent / "trainer_ranks.py"
+EXAMPLE = SCRIPT.parent.parent / "examples" / "train_ddp.py"
+
+
+def torchrun(folder: Path, *flags: str) -> str:
+    """What it prints; in ``folder``, with a port that is free."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*torchrun, str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(folder, "--nproc_per_node", "2", str(SCRIPT), str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -60,3 +63,15 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(ranks):
         assert ends["resumed"]["step"] == STEPS
         toys.equal_bits(ends["resumed"], ends["not stopped"])
         toys.equal_bits(ends["resumed"], ranks[0]["resumed"])
+
+
+def test_the_example_runs_as_printed(tmp_path):
+    printed = re.search(r"``torchrun (.*) examples/train_ddp.py``", EXAMPLE.read_text())
+    out = torchrun(tmp_path, *printed[1].split(), str(EXAMPLE))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE.parent / "tiny-llama")
+    before = {n: w.detach().clone() for n, w in model.named_parameters()}
+    losia_pro.load_delta(model, tmp_path / "runs" / "ddp.safetensors")
+    changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
+    assert changed == {n for n in before if "proj" in n}
