@@ -40,6 +40,7 @@ def test_the_ordinary_loop_runs_as_printed(folder):
     batches = [{k: v[None] for k, v in e.items()} for e in examples()]
     names = {"batches": batches}
     exec(PYTHON[0], names)
+    assert names["losia"].step == len(batches)  # the optimizer was bound
     assert 9 <= len([line for line in PYTHON[0].splitlines() if line]) <= 14
     assert_tuned(folder)
     base = names["AutoModelForCausalLM"].from_pretrained("my-model")
