@@ -37,7 +37,8 @@ class Ranks:
     """The processes that train one model together, each on its own part of every batch.
 
     ``DistributedDataParallel`` averages the gradients of the subnets as any parameter's. Left to do: to average
-    the full gradients of the profiled linears, and to see that all ranks hold the same.
+    the full gradients of the linears that are profiled, once a step, and to see that all ranks hold the same.
+    A rank that stays away from a collective is for ``torch.distributed`` to report, when its timeout is over.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -126,8 +127,7 @@ def ranks_of(losia: Losia, group: dist.ProcessGroup | None) -> Ranks | None:
 
 def keep_from_broadcast(model: nn.Module, modules: Iterable[SubnetLinear]) -> None:
     """Tell ``DistributedDataParallel`` to leave the indices alone: it would send them from rank 0 in every
-    forward, which hides a rank that chose others, and which a second forward before the backward does not
-    survive."""
+    forward, for nothing, and a rank that chose others would have rank 0's with its own subnet's values."""
     names = [*getattr(model, IGNORED, ()), *_indices(model, modules)]
     setattr(model, IGNORED, names)
 

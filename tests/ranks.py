@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import toys
+from bound import profiles
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,6 +117,7 @@ class Run:
             "places": toys.indices(self.losia),
             "steps": [(r.step, r.name) for r in self.losia.history],
             "model": {n: t.detach().clone() for n, t in self.model.state_dict().items()},
+            "profiles": profiles(self.losia),
             "subnets": {n: m.subnet.detach().clone() for n, m in self.losia.modules.items()},
         }
 

@@ -48,10 +48,15 @@ def together(request, tmp_path_factory):
 
 
 def assert_equal(end, other, bound=BOUND):
-    """The same places at the same steps, and the same weights up to rounding."""
+    """The same places at the same steps, and the same weights and importance up to rounding."""
     assert end["places"] == other["places"] and end["steps"] == other["steps"]
     for name, value in other["model"].items():
         torch.testing.assert_close(end["model"][name], value, rtol=0, atol=bound)
+    assert end["profiles"].keys() == other["profiles"].keys() and other["profiles"]
+    for name, buffers in other["profiles"].items():  # of weights below 1: as precise as gradients
+        for mine, theirs in zip(end["profiles"][name], buffers, strict=True):
+            assert theirs.max() > 1e4 * bound
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("way", WAYS)
