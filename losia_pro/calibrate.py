@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from .distributed import ranks_of
 from .profile import Profile
 from .reselect import reselect
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .controller import Losia
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from . import checkpoint, delta
 from .calibrate import calibrate
@@ -23,6 +22,9 @@ from .optimizer import check_optimizer
 from .profile import Profile
 from .reselect import Reselection, place_of, reselect
 from .schedule import Schedule
+
+if TYPE_CHECKING:  # PyTorch built without torch.distributed lacks the name
+    from torch.distributed import ProcessGroup
 
 
 def attach(model: nn.Module, config: LosiaConfig | None = None, *, example: Any = None) -> Losia:

@@ -30,7 +30,7 @@ LR, MOMENTUM, STEPS, BATCH = 0.1, 0.9, 14, 12  # re-selections after 3, 6, 9 and
 def launch(work: Callable[..., Any], n: int, folder: Path, *args: Any) -> list[Any]:
     """What ``work(*args)`` returns in each of ``n`` processes that can reach each other."""
     folder.mkdir(exist_ok=True)
-    multiprocessing.set_forkserver_preload(["ranks"])
+    multiprocessing.set_forkserver_preload(["torch.nn.parallel"])
     mp.start_processes(
         _process, (n, str(folder), work, args), nprocs=n, start_method="forkserver"
     )  # raises what a process raises
