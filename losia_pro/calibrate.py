@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from . import base
 from .distributed import ranks_of
 from .profile import Profile
 from .reselect import reselect
@@ -35,6 +36,8 @@ def calibrate(
     if losia._ranks:
         losia._ranks.check_start(losia, "at calibrate()", len(batches))
     loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
+    # A delta that was loaded has touched other places than the first.
+    untouched = [n for n, m in losia.modules.items() if len(m.touched.blocks) == 1]
     n_groups = len(losia.groups)
     at_once = groups_at_once or n_groups
     try:
@@ -46,7 +49,7 @@ def calibrate(
         losia.model.zero_grad(set_to_none=True)
         if losia._optimizer is not None:
             losia._set_profiled()
-    losia._forget_touched()  # nothing was trained where the subnets were before
+    base.record(losia, untouched)  # nothing was trained where the subnets were before
     losia._calibrated = True
 
 

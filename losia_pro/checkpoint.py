@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import base
 from .profile import Profile
 from .reselect import Reselection
 from .selection import select_together
@@ -13,7 +14,7 @@ from .selection import select_together
 if TYPE_CHECKING:
     from .controller import Losia
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 # Settings that a resumed run must share with the one it continues.
@@ -34,6 +35,7 @@ KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
 def state_of(losia: Losia) -> dict[str, Any]:
     """See ``Losia.state_dict``."""
+    base.refuse(losia)
     modules: dict[str, dict[str, Any]] = {}
     for name, m in losia.modules.items():
         modules[name] = {
@@ -41,8 +43,9 @@ def state_of(losia: Losia) -> dict[str, Any]:
             "out_idx": m.out_idx.clone(),
             "in_idx": m.in_idx.clone(),
             "subnet": m.subnet.detach().clone(),
-            "touched": [list(pair) for pair in losia.touched(name)],
-            "loaded_bias": m.loaded_bias,
+            "touched": [list(pair) for pair in m.touched.blocks],
+            "base": list(m.touched.values),
+            "base_bias": m.touched.bias,
         }
         if isinstance(m.profile, Profile):
             modules[name]["importance"] = m.profile.importance.clone()
@@ -91,6 +94,7 @@ def _check(losia: Losia, state: dict[str, Any]) -> None:
 @torch.no_grad()
 def restore(losia: Losia, state: dict[str, Any]) -> None:
     """See ``Losia.load_state_dict``."""
+    base.refuse(losia)
     _check(losia, state)
     losia.step = state["step"]
     losia.history = [Reselection(*r) for r in state["history"]]
@@ -105,8 +109,10 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     for name, m in losia.modules.items():
         s = saved[name]
         m.subnet.copy_(s["subnet"])
-        losia._touched[name] = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
-        m.loaded_bias |= s["loaded_bias"]
+        m.touched = base.Touched()
+        m.touched.blocks = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
+        m.touched.values = [values.cpu() for values in s["base"]]
+        m.touched.bias = None if s["base_bias"] is None else s["base_bias"].cpu()
         m.profile = None
         if "importance" in s:
             m.profile = Profile(m, losia.config)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, delta
+from . import base, checkpoint, delta
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, replace
@@ -20,7 +21,7 @@ from .inputs import find_shared_inputs
 from .linear import SubnetLinear
 from .optimizer import check_optimizer
 from .profile import Profile
-from .reselect import Reselection, place_of, reselect
+from .reselect import Reselection, reselect
 from .schedule import Schedule
 
 if TYPE_CHECKING:  # PyTorch built without torch.distributed lacks the name
@@ -86,7 +87,7 @@ class Losia:
         self.modules = convert(linears, sizes, self.sets, config)
         replace(model, {id(linears[n]): self.modules[n] for n in linears})
         keep_from_broadcast(model, self.modules.values())
-        self._forget_touched()
+        base.record(self, self.modules)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
@@ -155,6 +156,7 @@ class Losia:
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
+        base.refuse(self)
         self._skip = found_inf is not None and bool(found_inf)
         self._before = []
         for group in range(len(self.groups)):
@@ -190,6 +192,7 @@ class Losia:
 
     def write_back(self) -> None:
         """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it."""
+        base.refuse(self)
         modules = list(self.modules.values())
         with torch.no_grad():
             torch.ops.losia_pro.write_back_(
@@ -204,11 +207,20 @@ class Losia:
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""
-        return self._touched[name] + self.modules[name].loaded_blocks
+        return self.modules[name].touched.blocks
 
-    def _forget_touched(self) -> None:
-        """Record that the subnets have been nowhere but where they are."""
-        self._touched = {n: [place_of(m)] for n, m in self.modules.items()}
+    def base(self) -> AbstractContextManager[None]:
+        """The base model, for as long as a ``with`` block lasts; called under ``torch.no_grad()`` within it.
+
+        The base's values of all that may have been changed, biases too, are put in place, and after it the
+        tuned ones, bit for bit both ways; a graph from before the block is good again after it. Kept for this,
+        on the CPU: each entry that was ever in a subnet, once, in the weight's dtype, and 8 bytes a row and a
+        column of each place; 1/64 of the adapted weights at ``p = 1/8`` until a subnet moves.
+
+        Raises, within the block:
+            RuntimeError: a forward that would train, an optimizer's step, saving, loading or ``detach``.
+        """
+        return base.base_values(self)
 
     def calibrate(
         self,
@@ -263,7 +275,7 @@ class Losia:
             biases={
                 n: m.bias
                 for n, m in self.modules.items()
-                if m.bias is not None and (self.config.train_bias or m.loaded_bias)
+                if m.bias is not None and m.touched.bias is not None
             },
             header={
                 "base": self.base_digest,

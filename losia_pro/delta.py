@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .entries import FORMS, Block, bounds, check_entries, decode, encode
+from .base import Block
+from .entries import FORMS, bounds, check_entries, decode, encode
 from .linear import SubnetLinear
 
 FORMAT = "losia-pro-delta"
@@ -115,14 +116,17 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for name, linear in linears.items():
             weight, entries = linear.weight, decode(linear.weight, name, tensors)
             bias = tensors.get(f"{name}.bias")
+            if isinstance(linear, SubnetLinear):
+                for at, _ in entries:
+                    linear.touched.add(weight, *bounds(at))
+                if bias is not None:
+                    linear.touched.add_bias(linear.bias)
             for at, values in entries:
                 weight[at] = values
             if bias is not None:
                 linear.bias.copy_(bias)
             if isinstance(linear, SubnetLinear):
                 linear.adopt_weight()
-                linear.loaded_blocks += [bounds(at) for at, _ in entries]
-                linear.loaded_bias |= bias is not None
     return model
 
 
@@ -175,6 +179,8 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
         linear = None
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"the delta is for a model with the linear {name}, which this one lacks")
+    if isinstance(linear, SubnetLinear):
+        linear.touched.refuse_base()
     if linear.weight.is_meta:
         raise ValueError(f"{name} is on the meta device; load the model's weights first")
     return linear

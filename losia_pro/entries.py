@@ -15,9 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .base import Block
+
 FORMS = ("blocks", "bitmap")
 
-Block = tuple[Tensor, Tensor]  # out_idx and in_idx of a place
 Index = tuple[Tensor, Tensor] | Tensor  # of a weight: rows (n, 1) and columns, or a mask
 
 
@@ -117,5 +118,5 @@ def decode(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> list[tup
 def bounds(at: Index) -> Block:
     """The rows and columns of entries: a block that holds them all."""
     if isinstance(at, tuple):
-        return at[0].flatten().cpu(), at[1].cpu()
-    return at.any(1).nonzero().flatten().cpu(), at.any(0).nonzero().flatten().cpu()
+        return at[0].flatten(), at[1]
+    return at.any(1).nonzero().flatten(), at.any(0).nonzero().flatten()

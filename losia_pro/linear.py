@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Touched
 from .config import subnet_size
 from .functional import GradientSink, subnet_linear
 from .guard import RecomputeGuard
@@ -109,10 +110,7 @@ class SubnetLinear(nn.Linear):
         self.impl: str | None = None
         self.profile: GradientSink | None = None
         self.shared = shared
-        self.loaded_blocks: list[
-            tuple[Tensor, Tensor]
-        ] = []  # written by load_delta since the conversion
-        self.loaded_bias = False
+        self.touched = Touched()
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -141,10 +139,11 @@ class SubnetLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self._guard.check()
-            if self.subnet._version > self._written:
+            if self.subnet._version > self._written and not self.touched.swapped:
                 self._check_written()
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
+        self.touched.refuse_base()
         return subnet_linear(
             input,
             self.weight,
@@ -178,6 +177,7 @@ class SubnetLinear(nn.Linear):
     @torch.no_grad()
     def write_back(self) -> None:
         """``W[out_idx][:, in_idx] = subnet``, rounded to the weight's dtype. Idempotent."""
+        self.touched.refuse_base()
         torch.ops.losia_pro.write_back_(
             [self.weight], [self.subnet], [self.out_idx], [self.in_idx], impl=self.impl
         )
@@ -237,6 +237,7 @@ class SubnetLinear(nn.Linear):
         missing: list[str],
         *rest: Any,
     ) -> None:
+        self.touched.refuse_base()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if prefix + "subnet" in missing:
             missing.remove(prefix + "subnet")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
 from .profile import Move, relocate
 
 if TYPE_CHECKING:
     from .controller import Losia
-    from .linear import SubnetLinear
 
 
 class Reselection(NamedTuple):
@@ -43,13 +40,9 @@ def reselect(losia: Losia, group: int) -> None:
             losia.history.append(Reselection(losia.step, group, name, *move))
             if moves is None:  # no gradient came: nothing speaks for another place
                 continue
-            losia._touched[name].append(place_of(losia.modules[name]))
+            module = losia.modules[name]
+            module.touched.add(module.weight, module.out_idx, module.in_idx)
             if losia._optimizer is not None:
-                losia._optimizer.state.pop(losia.modules[name].subnet, None)
+                losia._optimizer.state.pop(module.subnet, None)
     if losia._ranks:
         losia._ranks.check_moved(losia.group_modules(group), losia.step)
-
-
-def place_of(module: SubnetLinear) -> tuple[Tensor, Tensor]:
-    """Where a subnet is, kept on the CPU."""
-    return module.out_idx.cpu().clone(), module.in_idx.cpu().clone()

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "losia_pro"
 # From the bottom up: a room imports rooms of lower floors only.
 FLOORS: list[tuple[str, ...]] = [
     (
+        "base",
         "config",
-        "entries",
         "guard",
         "localize",
         "optimizer",
@@ -32,7 +32,7 @@ FLOORS: list[tuple[str, ...]] = [
         "shared",
         "tables",
     ),
-    ("torch_ops",),
+    ("entries", "torch_ops"),
     ("_cuda", "kernels"),
     ("_cuda_ops",),
     ("ops",),

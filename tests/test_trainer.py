@@ -93,7 +93,7 @@ def test_trainer_moves_only_entries_that_were_in_a_subnet(whole_run):
         module = name.removesuffix(".weight")
         if module in losia.modules:
             was_in = torch.zeros_like(changed)
-            for out_idx, in_idx in losia._touched[module]:
+            for out_idx, in_idx in losia.touched(module):
                 was_in[out_idx[:, None], in_idx] = True
             assert changed.any() and not changed[~was_in].any(), name
         else:

@@ -1,0 +1,116 @@
+"""The base model's values of all that training may change: an exact record, and the way back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+if TYPE_CHECKING:
+    from .controller import Losia
+
+Block = tuple[Tensor, Tensor]
+
+
+class Touched:
+    """Where one linear may differ from its base model, and what the base has there, on the CPU.
+
+    Attributes:
+        blocks: each place as ``(out_idx, in_idx)``, in the order they came.
+        values: for each, the base's values of its entries that are in no place before it, row by row, in
+            the weight's dtype: an entry is kept once, however often a subnet comes back to it.
+        bias: the base's bias, if it may differ.
+        swapped: whether the linear has the base's values now, and ``values`` and ``bias`` the tuned ones.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.values: list[Tensor] = []
+        self.bias: Tensor | None = None
+        self.swapped = False
+
+    @torch.no_grad()
+    def add(self, weight: Tensor, out_idx: Tensor, in_idx: Tensor) -> None:
+        """Record a place of ``weight`` ``(out, in)``, before anything is written there."""
+        self.blocks.append((out_idx.cpu().clone(), in_idx.cpu().clone()))
+        at, new = self._entries(len(self.blocks) - 1, weight.device)
+        self.values.append(weight[at][new].cpu())
+
+    def add_bias(self, bias: Tensor) -> None:
+        """Record the bias, unless it is recorded."""
+        if self.bias is None:
+            self.bias = bias.detach().cpu().clone()
+
+    def _entries(self, k: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Block ``k`` as an index, and which of its entries are in no block before it."""
+        out_idx, in_idx = (idx.to(device) for idx in self.blocks[k])
+        seen = torch.zeros(len(out_idx), len(in_idx), dtype=torch.bool, device=device)
+        for rows, columns in self.blocks[:k]:
+            row, column = (
+                torch.isin(out_idx, rows.to(device)),
+                torch.isin(in_idx, columns.to(device)),
+            )
+            seen |= row[:, None] & column
+        return (out_idx[:, None], in_idx), ~seen
+
+    @torch.no_grad()
+    def swap(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Exchange the values here with those of the linear."""
+        for k, values in enumerate(self.values):
+            at, new = self._entries(k, weight.device)
+            now = weight[at]
+            weight[at] = now.masked_scatter(new, values.to(weight))
+            self.values[k] = now[new].cpu()
+        if self.bias is not None and bias is not None:
+            now = bias.detach().cpu().clone()
+            bias.copy_(self.bias)
+            self.bias = now
+        self.swapped = not self.swapped
+
+    def refuse_base(self) -> None:
+        """Raise a RuntimeError where only the tuned values will do, and the base's are in place."""
+        if self.swapped:
+            raise RuntimeError(
+                "inside losia.base() the model has its base values and is only called, under torch.no_grad(); "
+                "train, save, load and detach it after the block"
+            )
+
+
+def record(losia: Losia, names: Iterable[str]) -> None:
+    """Begin anew: these linears have been touched nowhere, and will be where their subnets are."""
+    for m in (losia.modules[n] for n in names):
+        m.touched = Touched()
+        m.touched.add(m.weight, m.out_idx, m.in_idx)
+        if m.bias is not None and losia.config.train_bias:
+            m.touched.add_bias(m.bias)
+
+
+def refuse(losia: Losia) -> None:
+    """Raise a RuntimeError within ``losia.base()``."""
+    for m in losia.modules.values():
+        m.touched.refuse_base()
+
+
+@contextmanager
+def base_values(losia: Losia) -> Iterator[None]:
+    """See ``Losia.base``."""
+    modules = list(losia.modules.values())
+    if any(m.touched.swapped for m in modules):  # within another
+        yield
+        return
+    tensors = [t for m in modules for t in (m.weight, m.bias) if t is not None]
+    # The values come back bit for bit, so a graph from before is good again after; within, autograd sees
+    # that they are others.
+    with _unsafe_preserve_version_counter(tuple(tensors)):
+        try:
+            for m in modules:
+                m.touched.swap(m.weight, m.bias)
+            yield
+        finally:
+            for m in modules:
+                if m.touched.swapped:
+                    m.touched.swap(m.weight, m.bias)
