@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from ranks import LR, MOMENTUM, STEPS, Run, data, launch, rank_and_size
+from ranks import LR, MOMENTUM, STEPS, Run, data, launch, rank_and_size, share
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_pro import LosiaConfig
@@ -226,3 +226,41 @@ def test_calibration_takes_the_importance_of_the_whole_batches(tmp_path):
     assert len(alone["steps"]) > 4
     for end in launch(calibrated, 2, tmp_path):
         assert_equal(end, alone)
+
+
+def llamas() -> dict[str, dict[str, Any]]:
+    """Shared inputs in aligned runs, and checkpointing in both modes."""
+    from test_trainer import dataset  # here: the other tests' processes start without transformers
+    from trainer_ranks import without_dropout
+
+    ends = {}
+    for name, config in LLAMAS.items():
+        model = without_dropout().train()
+        if "reentrant" in name:
+            model.gradient_checkpointing_enable({"use_reentrant": name == "reentrant"})
+            model.enable_input_require_grads()
+        run = Run(config, model=model)
+        run.bind()
+        for i in range(7):
+            ids = torch.stack([row["input_ids"] for row in dataset()[4 * i : 4 * i + 4]])
+            ids, _ = share((ids, ids))
+            run.optimizer.zero_grad()
+            run.net(input_ids=ids, labels=ids).loss.backward()
+            run.optimizer.step()
+        ends[name] = run.end()
+    return ends
+
+
+LLAMAS = {
+    "shared": LosiaConfig(rank_factor=1 / 4, period=3, share_inputs=True, neuron_group=2),
+    **dict.fromkeys(("reentrant", "not-reentrant"), LosiaConfig(period=3)),
+}
+
+
+def test_ranks_of_a_transformer_choose_what_one_process_does(tmp_path):
+    alone = llamas()
+    for ends in launch(llamas, 2, tmp_path):
+        for name in LLAMAS:
+            assert len(alone[name]["steps"]) == 2 * 7
+            assert ends[name]["steps"] == alone[name]["steps"]
+            assert ends[name]["places"] == alone[name]["places"], name
