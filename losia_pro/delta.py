@@ -84,12 +84,12 @@ def save(
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
         complete = os.path.join(room, "delta")
         save_file(tensors, complete, about)
-        _to_disk(complete)
+        to_disk(complete)
         os.replace(complete, path)
-    _to_disk(folder)
+    to_disk(folder)
 
 
-def _to_disk(path: str) -> None:
+def to_disk(path: str) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

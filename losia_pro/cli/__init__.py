@@ -12,6 +12,8 @@ from .errors import CliError
 
 COMMANDS = {  # module of this package: what it does. Imported only when it is called.
     "finetune": "fine-tune a causal language model",
+    "merge": "make the tuned model of its base and a delta",
+    "inspect": "show what a delta holds",
     "bench": "measure the kernels, a training step, and its memory",
     "doctor": "show versions, devices, and which implementation each operation uses",
 }

@@ -65,7 +65,7 @@ class Job:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
         except (OSError, ValueError, ImportError) as error:
-            raise CliError(f"--model {self.options.model}: {_first_line(error)}") from error
+            raise CliError(f"--model {self.options.model}: {first_line(error)}") from error
         return model.to(self.device)
 
 
@@ -87,7 +87,7 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
             tokenizer = AutoTokenizer.from_pretrained(options.model)
         empty = empty_model(config)
     except (OSError, ValueError, ImportError) as error:
-        raise CliError(f"--model {options.model}: {_first_line(error)}") from error
+        raise CliError(f"--model {options.model}: {first_line(error)}") from error
     check_targets(empty, options)
     longest = getattr(config, "max_position_embeddings", None)
     if options.max_length is None:
@@ -119,18 +119,18 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
     return job
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, what: str = "--model") -> None:
     """Raise a CliError if the name is neither a folder nor a hub id."""
     if hub.is_on_the_hub(name):
         hub.announce("model", name)
         return
     path = Path(name).expanduser()
     if path.is_file():
-        raise CliError(f"--model {name}: a file; a model is a folder that holds config.json")
+        raise CliError(f"{what} {name}: a file; a model is a folder that holds config.json")
     if not path.exists():
-        raise CliError(f"--model {name}: no such folder")
+        raise CliError(f"{what} {name}: no such folder")
     if not (path / "config.json").is_file():
-        raise CliError(f"--model {name}: the folder holds no config.json")
+        raise CliError(f"{what} {name}: the folder holds no config.json")
 
 
 def empty_model(config: Any) -> Any:
@@ -178,5 +178,5 @@ def _pad_id(tokenizer: Any) -> int:
     return next(i for i in ids if i is not None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

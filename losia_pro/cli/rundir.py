@@ -82,7 +82,7 @@ class RunFolder:
             yield temporary
             if final.is_dir():
                 shutil.rmtree(final)
-            _open_up(temporary)
+            open_up(temporary)
             os.replace(temporary, final)
         finally:
             shutil.rmtree(room, ignore_errors=True)
@@ -107,7 +107,7 @@ class RunFolder:
             (self.path / CHECKPOINTS).rmdir()
 
 
-def _open_up(path: Path) -> None:
+def open_up(path: Path) -> None:
     """Give files the permissions that new files have; safetensors writes them for their owner alone."""
     os.umask(mask := os.umask(0))
     for file in [path, *path.rglob("*")]:
