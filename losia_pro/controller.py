@@ -234,7 +234,7 @@ class Losia:
         Args:
             batches: mappings passed as ``model(**batch)``, or anything ``loss_fn`` takes.
             loss_fn: ``(model, batch) -> scalar``; default ``model(**batch).loss``.
-            groups_at_once: how many groups to profile in one pass over the batches (two fp32 buffers the
+            groups_at_once: how many groups to profile in one pass over the batches (two buffers the
                 size of their weights each); default all.
             process_group: as ``bind``'s; each process brings its own part of every batch.
 

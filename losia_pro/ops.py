@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
+from .selection import are_runs
 
 OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
 IMPLS = ("torch", "triton", "cuda")
@@ -35,10 +36,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "write_back_": ("cuda", "triton", "torch"),
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # where indices come in aligned runs
-PRODUCTS = (
-    "subnet_grad",
-    "importance_update_",
-)  # their kernels have no fp64: it is computed by "torch"
+PRODUCTS = ("subnet_grad", "importance_update_")  # no kernel of theirs takes fp64; "torch" does
 
 _lib = torch.library.Library("losia_pro", "DEF")
 _lib.define("gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor")
@@ -161,9 +159,7 @@ def _check_index(what: str, idx: Tensor, like: Tensor, size: int, group: int = 1
         low, high = torch.stack(idx.aminmax()).tolist()
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be within [0, {size}), got {low}..{high}")
-        first = idx.view(-1, group)[:, :1]
-        runs = first + torch.arange(group, device=idx.device)
-        if bool((first % group).any()) or not torch.equal(runs.flatten(), idx):
+        if not are_runs(idx, group):
             raise IndexError(f"{what} must come in aligned runs of group = {group}")
 
 

@@ -44,6 +44,14 @@ def random_neurons(
     return runs if group == 1 else (runs[:, None] * group + torch.arange(group)).flatten()
 
 
+def are_runs(idx: Tensor, group: int) -> bool:
+    """Whether indices come in aligned runs ``[k group, (k + 1) group)``; reads them on the host."""
+    runs = idx.view(-1, group)
+    first = runs[:, :1]
+    whole = first + torch.arange(group, device=idx.device)
+    return group == 1 or (not bool((first % group).any()) and torch.equal(runs, whole))
+
+
 def _checked(name: str, idx: Tensor, current: Tensor, module: SubnetLinear, side: int) -> Tensor:
     """Sorted indices, or a ValueError that says what is wrong with them."""
     size, group = module.weight.shape[side], module.groups[side]
@@ -58,13 +66,10 @@ def _checked(name: str, idx: Tensor, current: Tensor, module: SubnetLinear, side
         raise ValueError(f"{name} must be within [0, {size}), got {int(idx[0])}..{int(idx[-1])}")
     if bool((idx[1:] == idx[:-1]).any()):
         raise ValueError(f"{name} holds duplicates; each neuron can be chosen once")
-    if group > 1:
-        first = idx[::group, None]
-        runs = first + torch.arange(group, device=idx.device)
-        if bool((first % group).any()) or not torch.equal(runs.flatten(), idx):
-            raise ValueError(
-                f"{name} must be aligned runs of {group} neurons, got {idx.tolist()[:9]}..."
-            )
+    if not are_runs(idx, group):
+        raise ValueError(
+            f"{name} must be aligned runs of {group} neurons, got {idx.tolist()[:9]}..."
+        )
     return idx
 
 
