@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import torch_ops
+from . import dispatch, torch_ops
 from .saved import Hooks, SavedEarly, keeps_nothing, saved_tensors_hooks
 from .shared import SharedInputs
 
@@ -94,7 +94,7 @@ def subnet_linear(
 
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _refuse_nested_grad()
-    flat = x.detach().reshape(-1, x.shape[-1])
+    flat = _rows(x.detach())
     x_sub = x_whole = None
     hooks = saved_tensors_hooks()
     if wants_subnet and mode == "pro":
@@ -129,9 +129,16 @@ def _columns(
         return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it
 
     def gather(flat: Tensor) -> Tensor:
+        if dispatch.plain(flat):
+            return dispatch.function("gather_columns", flat, impl)(flat, in_idx, group)
         return torch.ops.losia_pro.gather_columns(flat, in_idx, group=group, impl=impl)  # type: ignore[no-any-return]
 
     return gather(flat) if shared is None else shared.columns(x, flat, gather)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``(..., columns)`` as ``(T, columns)``."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _wants_grad(t: Tensor) -> bool:
@@ -182,18 +189,11 @@ class _SubnetLinear(torch.autograd.Function):
         weight, out_idx, in_idx, x_sub, x_whole = saved
         wants_x, wants_weight, wants_subnet, wants_bias = ctx.needs_input_grad[:4]
         dx = d_weight = d_subnet = d_bias = None
-        flat = dy.reshape(-1, dy.shape[-1])
+        flat = _rows(dy)
         if wants_x:
             dx = dy @ weight.to(dy.dtype)
         if wants_subnet and x_sub is not None:
-            d_subnet = torch.ops.losia_pro.subnet_grad(
-                flat,
-                x_sub,
-                out_idx,
-                group=ctx.out_group,
-                out_dtype=ctx.subnet_dtype,
-                impl=ctx.impl,
-            )
+            d_subnet = _subnet_grad(flat, x_sub, out_idx, ctx.out_group, ctx.subnet_dtype, ctx.impl)
         elif wants_subnet:
             dense = torch_ops.product(flat, x_whole, ctx.subnet_dtype)
             d_subnet = dense.index_select(0, out_idx).index_select(1, in_idx)
@@ -207,6 +207,23 @@ class _SubnetLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and ctx.trained is not None:
             grads = _Once.apply(*ctx.trained, dy, *grads)
         return *grads, *[None] * 8
+
+
+def _subnet_grad(
+    dy: Tensor,
+    x_sub: Tensor,
+    out_idx: Tensor,
+    group: int,
+    out_dtype: torch.dtype,
+    impl: str | None,
+) -> Tensor:
+    if dispatch.plain(dy) and dy.dtype == x_sub.dtype:
+        return dispatch.function("subnet_grad", dy, impl, group)(
+            dy, x_sub, out_idx, out_dtype, group
+        )
+    return torch.ops.losia_pro.subnet_grad(  # type: ignore[no-any-return]
+        dy, x_sub, out_idx, group=group, out_dtype=out_dtype, impl=impl
+    )
 
 
 # What Function.apply calls in the end: before, it binds default arguments by inspection, 70 us a call.

@@ -1,42 +1,25 @@
-"""The kernels' schemas: ``torch.ops.losia_pro.*``, their fakes, and which implementation answers.
+"""The kernels' schemas: ``torch.ops.losia_pro.*``, what they check, and their fakes.
 
 ``group`` of ``gather_columns`` and ``subnet_grad`` says that the indices come in aligned runs of that many,
 ``[k group, (k + 1) group)``; where it is the number of columns, all are chosen, in order. Kernels rely on it.
-
-Every op has the implementations "torch" (``torch_ops``), and, where they exist and can run, "triton"
-(``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
-first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL`` names
-one for the whole process, and where it cannot run a warning says once what runs instead.
+``dispatch`` says which implementation answers. ``LOSIA_DEBUG=1``, read at import, checks what only the device
+knows: that indices are in range, and in runs.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference, torch_ops
+from . import dispatch, reference
+from .dispatch import function
 from .selection import are_runs
 
 OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
-IMPLS = ("torch", "triton", "cuda")
-
-# Which implementation answers on a CUDA device when none is named, by `losia-pro bench kernels`; elsewhere "torch".
-# Where Triton and CUDA take the same time on the device, CUDA takes less of the host's.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "gather_columns": ("cuda", "triton", "torch"),
-    "subnet_grad": ("cuda", "triton", "torch"),
-    "importance_update_": ("triton", "cuda", "torch"),
-    "write_back_": ("cuda", "triton", "torch"),
-}
-RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # where indices come in aligned runs
-PRODUCTS = ("subnet_grad", "importance_update_")  # no kernel of theirs takes fp64; "torch" does
 
 _lib = torch.library.Library("losia_pro", "DEF")
 _lib.define("gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor")
@@ -60,89 +43,6 @@ def compact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- which implementation -------------------------------------------------------------------------
-
-
-@functools.cache
-def _module(impl: str) -> tuple[object | None, str]:
-    """The module that holds an implementation, or None and why not."""
-    name = {"triton": "losia_pro.kernels.launch", "cuda": "losia_pro._cuda_ops"}[impl]
-    try:
-        return importlib.import_module(name), ""
-    except ImportError as error:
-        return None, str(error)
-
-
-def _why_not(op: str, device: torch.device, impl: str) -> str:
-    """Why an implementation cannot answer here; empty if it can."""
-    if impl == "torch":
-        return ""
-    module, missing = _module(impl)
-    if module is None:
-        return missing
-    if not hasattr(module, op):
-        return f"there is no {impl} version of {op}"
-    return module.why_not(device)  # type: ignore[attr-defined,no-any-return]
-
-
-def explain(op: str, device: torch.device | str) -> list[tuple[str, bool, str]]:
-    """For each implementation: its name, whether it can run ``op`` on ``device``, and why not."""
-    device = torch.device(device)
-    return [(i, not (why := _why_not(op, device, i)), why) for i in IMPLS]
-
-
-def resolve(op: str, device: torch.device | str, impl: str | None = None, group: int = 1) -> str:
-    """The implementation that answers ``op`` on ``device``; see the module's docstring.
-
-    Raises:
-        ValueError: ``impl`` is no implementation's name.
-        RuntimeError: ``impl`` cannot run here.
-    """
-    device = torch.device(device)
-    asked = impl or os.environ.get("LOSIA_IMPL") or None
-    if asked is None:
-        if device.type != "cuda":
-            return "torch"
-        order = RUNS.get(op, PREFERENCE[op]) if group > 1 else PREFERENCE[op]
-        return next(i for i in order if not _why_not(op, device, i))
-    if asked not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {asked!r}")
-    why = _why_not(op, device, asked)
-    if not why:
-        return asked
-    if impl is not None:
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device}: {why}")
-    _warn_fallback(op, asked, str(device), why)
-    return "torch"
-
-
-@functools.cache
-def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
-    warnings.warn(
-        f"losia_pro: LOSIA_IMPL={asked} cannot run {op} on {device} ({why}); using torch",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def _function(
-    op: str, device: torch.device, impl: str | None, dtype: torch.dtype, group: int = 1
-) -> Callable[..., Tensor]:
-    double = impl is None and dtype == torch.float64 and op in PRODUCTS
-    everywhere = os.environ.get("LOSIA_IMPL")
-    return _chosen(op, device, "torch" if double else impl, min(group, 2), everywhere)
-
-
-@functools.cache
-def _chosen(
-    op: str, device: torch.device, impl: str | None, group: int, everywhere: str | None
-) -> Callable[..., Tensor]:
-    """The function that answers; looked up once, because asking a device what it can do takes its time."""
-    chosen = resolve(op, device, impl, group)
-    module = torch_ops if chosen == "torch" else _module(chosen)[0]
-    return getattr(module, op)  # type: ignore[no-any-return]
-
-
 # --- the ops: checks at the door, then the chosen implementation ------------------------------------
 
 
@@ -155,7 +55,7 @@ def _check_index(what: str, idx: Tensor, like: Tensor, size: int, group: int = 1
         raise ValueError(
             f"{what} has {idx.shape[0]} entries, which are not runs of group = {group}"
         )
-    if os.environ.get("LOSIA_DEBUG") == "1" and idx.numel():
+    if dispatch.DEBUG and idx.numel():
         low, high = torch.stack(idx.aminmax()).tolist()
         if low < 0 or high >= size:
             raise IndexError(f"{what} must be within [0, {size}), got {low}..{high}")
@@ -173,7 +73,7 @@ def _gather_columns(
 ) -> Tensor:
     _check_matrix("x", x)
     _check_index("in_idx", in_idx, x, x.shape[1], group)
-    return _function("gather_columns", x.device, impl, x.dtype)(x, in_idx, group)
+    return function("gather_columns", x, impl)(x, in_idx, group)
 
 
 def _subnet_grad(
@@ -194,9 +94,7 @@ def _subnet_grad(
             f"{tuple(x_sub.shape)} on {x_sub.device} must agree in tokens, dtype and device"
         )
     out_dtype = out_dtype or compact_dtype(dy.dtype)
-    return _function("subnet_grad", dy.device, impl, dy.dtype, group)(
-        dy, x_sub, out_idx, out_dtype, group
-    )
+    return function("subnet_grad", dy, impl, group)(dy, x_sub, out_idx, out_dtype, group)
 
 
 def _importance_update_(
@@ -228,7 +126,7 @@ def _importance_update_(
             raise ValueError(f"{what} must be (out, in) = {shape}, got {tuple(t.shape)}")
     if variant not in reference.VARIANTS:
         raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
-    update = _function("importance_update_", weight.device, impl, dy.dtype)
+    update = function("importance_update_", dy, impl)
     update(importance, uncertainty, weight, dy, x, grad, beta1, beta2, variant, scale)
 
 
@@ -242,8 +140,7 @@ def _write_back_(
 ) -> None:
     check = functools.partial(_check_write_back, weights, subnets, out_idx, in_idx)
     if weights:
-        function = _function("write_back_", weights[0].device, impl, weights[0].dtype)
-        function(weights, subnets, out_idx, in_idx, check)
+        function("write_back_", weights[0], impl)(weights, subnets, out_idx, in_idx, check)
     else:
         check()
 

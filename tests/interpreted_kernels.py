@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losia_pro import ops, reference, torch_ops
+from losia_pro import dispatch, reference, torch_ops
 from losia_pro.kernels import gather_columns as gather
 from losia_pro.kernels import importance_update, indexing, launch, tiles
 from losia_pro.kernels import subnet_grad as grad
@@ -237,4 +237,4 @@ def test_fp64_is_refused_by_name():
 
 
 def test_the_interpreter_counts_as_a_device():
-    assert ops.resolve("subnet_grad", "cpu", "triton") == "triton"
+    assert dispatch.resolve("subnet_grad", "cpu", "triton") == "triton"

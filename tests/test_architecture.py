@@ -35,6 +35,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("entries", "torch_ops"),
     ("_cuda", "kernels"),
     ("_cuda_ops",),
+    ("dispatch",),
     ("ops",),
     ("functional",),
     ("profile",),

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from losia_pro import ops, torch_ops
+from losia_pro import dispatch, torch_ops
 from losia_pro.cli import main
 from losia_pro.cli.bench import kernel_tables, timing, traffic
 from losia_pro.cli.bench.points import Candidate
@@ -62,8 +62,10 @@ def test_the_shapes_of_a_model_are_measured_once_each(tmp_path):
 
 def answer_with(monkeypatch, op: str, result) -> None:
     """Let every implementation of ``op`` be ``result``."""
-    chosen = ops._chosen
-    monkeypatch.setattr(ops, "_chosen", lambda o, *rest: result if o == op else chosen(o, *rest))
+    chosen = dispatch._chosen
+    monkeypatch.setattr(
+        dispatch, "_chosen", lambda o, *rest: result if o == op else chosen(o, *rest)
+    )
 
 
 def half_updated(which: int):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from losia_pro import SubnetLinear, ops, torch_ops
+from losia_pro import SubnetLinear, dispatch, torch_ops
 
 
 class _CountProducts(TorchDispatchMode):
@@ -79,12 +79,12 @@ def test_columns_are_gathered_in_the_recomputation_alone() -> None:
     gather = torch_ops.gather_columns
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_ops, "gather_columns", gathered)
-        ops._chosen.cache_clear()
+        dispatch._chosen.cache_clear()
         y = checkpoint(layer, x, use_reentrant=False)
         assert shapes == []
         y.square().sum().backward()
         assert shapes == [(6, 4)]
-    ops._chosen.cache_clear()
+    dispatch._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("keep", ["gather_columns", "addmm"])

@@ -10,22 +10,22 @@ import types
 import pytest
 import torch
 
-from losia_pro import ops
+from losia_pro import dispatch, ops
 from losia_pro.cli import doctor, main
 
 
 @pytest.fixture(autouse=True)
 def no_choice(monkeypatch):
-    monkeypatch.delenv("LOSIA_IMPL", raising=False)
+    monkeypatch.setattr(dispatch, "IMPL", None)
 
 
 @pytest.fixture
 def fresh_modules():
-    ops._module.cache_clear()
-    ops._chosen.cache_clear()
+    dispatch._module.cache_clear()
+    dispatch._chosen.cache_clear()
     yield
-    ops._module.cache_clear()
-    ops._chosen.cache_clear()
+    dispatch._module.cache_clear()
+    dispatch._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_json_holds_the_same_facts(capsys):
     assert facts["packages"]["torch"] == torch.__version__
     for op in ops.OPS:
         choice = facts["operations"]["cpu"][op]
-        assert choice["uses"] == ops.resolve(op, "cpu")
-        assert [i["name"] for i in choice["implementations"]] == list(ops.IMPLS)
+        assert choice["uses"] == dispatch.resolve(op, "cpu")
+        assert [i["name"] for i in choice["implementations"]] == list(dispatch.IMPLS)
         assert all(i["usable"] or i["reason"] for i in choice["implementations"])
 
 
@@ -97,7 +97,7 @@ def test_a_missing_compiled_module_says_how_to_get_it(monkeypatch, fresh_modules
 
 
 def test_a_choice_that_cannot_run_here_is_shown_falling_back(monkeypatch, recwarn, capsys):
-    monkeypatch.setenv("LOSIA_IMPL", "triton")
+    monkeypatch.setattr(dispatch, "IMPL", "triton")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "LOSIA_IMPL=triton" in out
@@ -106,7 +106,7 @@ def test_a_choice_that_cannot_run_here_is_shown_falling_back(monkeypatch, recwar
 
 
 def test_a_choice_of_another_name_is_an_error(monkeypatch, capsys):
-    monkeypatch.setenv("LOSIA_IMPL", "fast")
+    monkeypatch.setattr(dispatch, "IMPL", "fast")
     assert main(["doctor"]) == 2
     assert "LOSIA_IMPL: impl must be one of" in capsys.readouterr().err
 

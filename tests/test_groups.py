@@ -8,7 +8,7 @@ import toys
 from operators import Operators
 
 import losia_pro
-from losia_pro import LosiaConfig, SubnetLinear
+from losia_pro import LosiaConfig, SubnetLinear, dispatch
 
 SETTINGS = {
     "runs": {"rank_factor": 1 / 2, "neuron_group": 4},
@@ -37,7 +37,7 @@ def aligned(idx: torch.Tensor, group: int) -> bool:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_what_kernels_are_told_of_the_indices_is_true_before_and_after_moves(settings, monkeypatch):
-    monkeypatch.setenv("LOSIA_DEBUG", "1")  # the ops check it
+    monkeypatch.setattr(dispatch, "DEBUG", True)  # the ops check it
     model = toys.stack()
     losia = losia_pro.attach(model, LosiaConfig(period=2, **settings))
     optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
@@ -113,7 +113,7 @@ def test_ops_refuse_runs_that_the_indices_cannot_hold(group):
 def test_debug_mode_finds_indices_that_are_not_the_runs_they_are_said_to_be(monkeypatch):
     x, idx = torch.randn(5, 16), torch.tensor([1, 2, 3, 4])
     torch.ops.losia_pro.gather_columns(x, idx, group=4)
-    monkeypatch.setenv("LOSIA_DEBUG", "1")
+    monkeypatch.setattr(dispatch, "DEBUG", True)
     with pytest.raises(IndexError, match="in_idx must come in aligned runs of group = 4"):
         torch.ops.losia_pro.gather_columns(x, idx, group=4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
-from losia_pro import SubnetLinear, subnet_linear
+from losia_pro import SubnetLinear, dispatch, subnet_linear
 
 OPS = torch.ops.losia_pro
 
@@ -201,7 +201,7 @@ def test_an_op_refuses_what_does_not_fit(case):
 @pytest.mark.parametrize("bad", [idx(0, 6), idx(-1, 0)], ids=str)
 def test_indices_out_of_range_are_named_where_asked_for(bad, monkeypatch):
     """They are only checked under LOSIA_DEBUG=1: on a GPU the check waits for the device."""
-    monkeypatch.setenv("LOSIA_DEBUG", "1")
+    monkeypatch.setattr(dispatch, "DEBUG", True)
     low, high = bad.tolist()
     found = re.escape(f"got {low}..{high}")
     with pytest.raises(IndexError, match=rf"in_idx must be within \[0, 6\), {found}"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from losia_pro import ops, reference
-from losia_pro.ops import resolve
+from losia_pro import dispatch, ops, reference
+from losia_pro.dispatch import resolve
 
 OPS = torch.ops.losia_pro
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -150,10 +150,10 @@ def test_schema_fake_and_compilation_of_each_op_are_sound(op):
 
 @pytest.mark.parametrize("op", ops.OPS)
 def test_off_a_gpu_torch_answers(op, monkeypatch):
-    monkeypatch.delenv("LOSIA_IMPL", raising=False)
+    monkeypatch.setattr(dispatch, "IMPL", None)
     assert resolve(op, "cpu") == resolve(op, "cpu", "torch") == "torch"
-    usable = {name: (can, why) for name, can, why in ops.explain(op, "cpu")}
-    assert usable.keys() == set(ops.IMPLS)
+    usable = {name: (can, why) for name, can, why in dispatch.explain(op, "cpu")}
+    assert usable.keys() == set(dispatch.IMPLS)
     assert usable["torch"] == (True, "")
     assert not usable["cuda"][0] and usable["cuda"][1]
 
@@ -164,15 +164,15 @@ def test_an_unknown_or_unusable_implementation_is_refused(op, monkeypatch):
         getattr(OPS, op)(*arguments(op), impl="fastest")
     with pytest.raises(RuntimeError, match=f"{op}: impl='cuda' cannot run on cpu"):
         getattr(OPS, op)(*arguments(op), impl="cuda")
-    monkeypatch.setenv("LOSIA_IMPL", "fastest")
+    monkeypatch.setattr(dispatch, "IMPL", "fastest")
     with pytest.raises(ValueError, match="got 'fastest'"):
         getattr(OPS, op)(*arguments(op))
 
 
 def test_an_implementation_set_for_the_process_falls_back_and_says_so_once(monkeypatch):
-    monkeypatch.setenv("LOSIA_IMPL", "cuda")
-    ops._warn_fallback.cache_clear()
-    ops._chosen.cache_clear()
+    monkeypatch.setattr(dispatch, "IMPL", "cuda")
+    dispatch._warn_fallback.cache_clear()
+    dispatch._chosen.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -181,12 +181,12 @@ def test_an_implementation_set_for_the_process_falls_back_and_says_so_once(monke
     assert [w.category for w in caught] == [RuntimeWarning] * len(ops.OPS)
     for op, warning in zip(ops.OPS, caught, strict=True):
         assert f"LOSIA_IMPL=cuda cannot run {op} on cpu" in str(warning.message)
-    ops._warn_fallback.cache_clear()
-    ops._chosen.cache_clear()
+    dispatch._warn_fallback.cache_clear()
+    dispatch._chosen.cache_clear()
 
 
 def test_the_process_wide_choice_yields_to_the_calls_own(monkeypatch):
-    monkeypatch.setenv("LOSIA_IMPL", "cuda")
+    monkeypatch.setattr(dispatch, "IMPL", "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         OPS.gather_columns(*arguments("gather_columns"), impl="torch")

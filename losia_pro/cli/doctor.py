@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from losia_pro import __version__, ops
+from losia_pro import __version__, dispatch, ops
 
 from .errors import CliError
 
@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
             "devices": [_device(i) for i in range(len(devices) - 1)],
         },
         "compiled_module": _compiled_module(),
-        "LOSIA_IMPL": os.environ.get("LOSIA_IMPL") or None,
+        "LOSIA_IMPL": dispatch.IMPL,
         "operations": {device: {op: _choice(op, device) for op in ops.OPS} for device in devices},
     }
 
@@ -95,12 +95,12 @@ def _choice(op: str, device: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that LOSIA_IMPL falls back is what the table says
         try:
-            uses = ops.resolve(op, device)
+            uses = dispatch.resolve(op, device)
         except ValueError as error:
             raise CliError(f"LOSIA_IMPL: {error}") from error
     implementations = [
         {"name": name, "usable": usable, "reason": reason}
-        for name, usable, reason in ops.explain(op, device)
+        for name, usable, reason in dispatch.explain(op, device)
     ]
     return {"uses": uses, "implementations": implementations}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losia_pro import ops
+from losia_pro import dispatch
 
 
-@pytest.fixture(params=ops.IMPLS)
+@pytest.fixture(params=dispatch.IMPLS)
 def impl(request, monkeypatch):
     """Each implementation; buffers that it must fill start as NaN."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losia_pro import ops
+from losia_pro import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda"
@@ -40,7 +40,7 @@ CASES = [
 
 def usable(op: str, impl: str) -> str:
     """``impl``, if it can run ``op``; else the test is skipped and says why."""
-    (why,) = (reason for name, _, reason in ops.explain(op, DEVICE) if name == impl)
+    (why,) = (reason for name, _, reason in dispatch.explain(op, DEVICE) if name == impl)
     if why:
         pytest.skip(why)
     return impl

@@ -12,7 +12,7 @@ import json
 import pytest
 import torch
 
-from losia_pro import ops
+from losia_pro import dispatch
 from losia_pro.cli import main
 from losia_pro.cli.bench import device as devices
 from losia_pro.cli.bench import kernel_tables, kernels, operations
@@ -93,7 +93,7 @@ def test_the_default_choice_is_not_slower_than_plain_pytorch(op, shape, setting)
     assert all(ratio <= 1.03 for ratio in ratios.values()), ratios
 
 
-@pytest.mark.parametrize("impl", ["default", *ops.IMPLS])
+@pytest.mark.parametrize("impl", ["default", *dispatch.IMPLS])
 @pytest.mark.parametrize("selection", ["single", "groups of 16", "1/64 x all", "whole"])
 @pytest.mark.parametrize("op", operations.POINTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)

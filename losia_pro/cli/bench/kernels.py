@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from losia_pro import ops
+from losia_pro import dispatch, ops
 
 from ..errors import CliError
 from ..memory import free_bytes, is_out_of_memory
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     record = Record("kernels", args, device, NOT_SHOWN, every=1.0)
     measured = devices.limits(device, DTYPES[args.dtype])
     record.content["limits"] = dataclasses.asdict(measured)
-    record.content["default_impl"] = {op: ops.resolve(op, device) for op in ops.OPS}
+    record.content["default_impl"] = {op: dispatch.resolve(op, device) for op in ops.OPS}
     print(
         f"{record.content['device']['name']}: copy {measured.bandwidth / 1e12:.3g} TB/s, "
         f"{args.dtype} product {measured.flops / 1e12:.3g} TFLOP/s"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_pro import ops
+from losia_pro import dispatch
 
 from . import traffic
 from .shapes import Selection
@@ -85,7 +85,7 @@ class Point:
 
 def implementations(op: str, device: torch.device) -> list[tuple[str, str | None]]:
     """The default choice and every implementation that can run."""
-    usable = [(name, name) for name, can, _ in ops.explain(op, device) if can]
+    usable = [(name, name) for name, can, _ in dispatch.explain(op, device) if can]
     return [("default", None), *usable]
 
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import platform
 import re
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import losia_pro
+from losia_pro import dispatch
 
 from ..errors import CliError
 from . import device as devices
@@ -69,7 +69,7 @@ class Record:
             "state_before": devices.state(device),
             "versions": _versions(),
             "revision": args.revision or _revision(),
-            "LOSIA_IMPL": os.environ.get("LOSIA_IMPL") or None,
+            "LOSIA_IMPL": dispatch.IMPL,
             "not_shown": not_shown,
             "complete": False,
             "rows": self.rows,

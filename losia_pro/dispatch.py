@@ -1,0 +1,137 @@
+"""Which implementation of an op answers.
+
+Every op has the implementations "torch" (``torch_ops``), and, where they exist and can run, "triton"
+(``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
+first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL``, read at
+import, names one for the whole process, and where it cannot run a warning says once what runs instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import torch_ops
+
+IMPLS = ("torch", "triton", "cuda")
+
+# Which implementation answers on a CUDA device when none is named, by `losia-pro bench kernels`; elsewhere "torch".
+# Where Triton and CUDA take the same time on the device, CUDA takes less of the host's.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "gather_columns": ("cuda", "triton", "torch"),
+    "subnet_grad": ("cuda", "triton", "torch"),
+    "importance_update_": ("triton", "cuda", "torch"),
+    "write_back_": ("cuda", "triton", "torch"),
+}
+RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
+SHORT = 2048
+PRODUCTS = ("subnet_grad", "importance_update_")  # no kernel of theirs takes fp64; "torch" does
+
+IMPL = os.environ.get("LOSIA_IMPL") or None
+DEBUG = os.environ.get("LOSIA_DEBUG") == "1"
+
+
+@functools.cache
+def _module(impl: str) -> tuple[object | None, str]:
+    """The module that holds an implementation, or None and why not."""
+    name = {"triton": "losia_pro.kernels.launch", "cuda": "losia_pro._cuda_ops"}[impl]
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def _why_not(op: str, device: torch.device, impl: str) -> str:
+    """Why an implementation cannot answer here; empty if it can."""
+    if impl == "torch":
+        return ""
+    module, missing = _module(impl)
+    if module is None:
+        return missing
+    if not hasattr(module, op):
+        return f"there is no {impl} version of {op}"
+    return module.why_not(device)  # type: ignore[attr-defined,no-any-return]
+
+
+def explain(op: str, device: torch.device | str) -> list[tuple[str, bool, str]]:
+    """For each implementation: its name, whether it can run ``op`` on ``device``, and why not."""
+    device = torch.device(device)
+    return [(i, not (why := _why_not(op, device, i)), why) for i in IMPLS]
+
+
+def resolve(
+    op: str, device: torch.device | str, impl: str | None = None, runs: bool = False
+) -> str:
+    """The implementation that answers ``op`` on ``device``, for many tokens of aligned runs or not; see the
+    module's docstring.
+
+    Raises:
+        ValueError: ``impl`` is no implementation's name.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    device = torch.device(device)
+    asked = impl or IMPL
+    if asked is None:
+        if device.type != "cuda":
+            return "torch"
+        order = RUNS.get(op, PREFERENCE[op]) if runs else PREFERENCE[op]
+        return next(i for i in order if not _why_not(op, device, i))
+    if asked not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {asked!r}")
+    why = _why_not(op, device, asked)
+    if not why:
+        return asked
+    if impl is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device}: {why}")
+    _warn_fallback(op, asked, str(device), why)
+    return "torch"
+
+
+@functools.cache
+def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
+    warnings.warn(
+        f"losia_pro: LOSIA_IMPL={asked} cannot run {op} on {device} ({why}); using torch",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def function(op: str, like: Tensor, impl: str | None, group: int = 1) -> Callable[..., Tensor]:
+    """The function that answers for operands like ``like``: of its device, dtype and number of tokens."""
+    runs = group > 1 and like.shape[0] > SHORT
+    return _chosen(op, like.device, impl, like.dtype == torch.float64, runs, IMPL)
+
+
+@functools.cache
+def _chosen(
+    op: str,
+    device: torch.device,
+    impl: str | None,
+    double: bool,
+    runs: bool,
+    everywhere: str | None,
+) -> Callable[..., Tensor]:
+    """Looked up once, because asking a device what it can do takes its time."""
+    if double and impl is None and op in PRODUCTS:
+        impl = "torch"
+    chosen = resolve(op, device, impl, runs)
+    module = torch_ops if chosen == "torch" else _module(chosen)[0]
+    return getattr(module, op)  # type: ignore[no-any-return]
+
+
+def plain(t: Tensor) -> bool:
+    """Whether an op may be called as the Python function that answers, its operands being checked: nothing is
+    there to see it go by. The dispatcher takes as long as a launch."""
+    return not (
+        DEBUG
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or type(t) is not Tensor
+    )
