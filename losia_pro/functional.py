@@ -14,7 +14,10 @@ from .shared import SharedInputs
 
 
 class GradientSink(Protocol):
-    """Takes a profiled layer's operands: its full gradient is ``dy^T x``, formed when it is needed."""
+    """Takes a profiled layer's operands: its full gradient is ``dy^T x``, formed when it is needed. Under a
+    compiler, the gradient of ``full`` ``(out, in)`` is."""
+
+    full: Tensor
 
     def add(self, dy: Tensor, x: Tensor) -> None: ...
 
@@ -101,12 +104,15 @@ def subnet_linear(
         x_sub = _columns(given, flat, in_idx, groups[1], impl, shared, hooks)
     if wants_weight or profile is not None or mode == "dense":
         x_whole = flat
+    full = None
+    if profile is not None and torch.compiler.is_compiling():
+        full, profile = profile.full, None
     early = None
     if hooks is not None:
         kept = weight if _wants_grad(x) else None
         early = SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
     inputs = (
-        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole, impl, groups[0], profile, early
+        x, weight, subnet, bias, full, out_idx, in_idx, x_sub, x_whole, impl, groups[0], profile, early
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
@@ -159,6 +165,7 @@ class _SubnetLinear(torch.autograd.Function):
         weight: Tensor,
         subnet: Tensor,
         bias: Tensor | None,
+        full: Tensor | None,
         out_idx: Tensor,
         in_idx: Tensor,
         x_sub: Tensor | None,
@@ -172,14 +179,15 @@ class _SubnetLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, subnet, bias, out_idx, in_idx, x_sub, x_whole = inputs[:8]
-        ctx.impl, ctx.out_group, ctx.profile, early = inputs[8:]
+        x, weight, subnet, bias, full, out_idx, in_idx, x_sub, x_whole = inputs[:9]
+        ctx.impl, ctx.out_group, ctx.profile, early = inputs[9:]
         ctx.early = early
         if early is None:
             kept_weight = weight if _wants_grad(x) else None
             ctx.save_for_backward(kept_weight, out_idx, in_idx, x_sub, x_whole)
         ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.full_dtype = None if full is None else full.dtype
         eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         ctx.trained = (weight, subnet) if eager else None
 
@@ -187,8 +195,8 @@ class _SubnetLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors if ctx.early is None else ctx.early.tensors()
         weight, out_idx, in_idx, x_sub, x_whole = saved
-        wants_x, wants_weight, wants_subnet, wants_bias = ctx.needs_input_grad[:4]
-        dx = d_weight = d_subnet = d_bias = None
+        wants_x, wants_weight, wants_subnet, wants_bias, wants_full = ctx.needs_input_grad[:5]
+        dx = d_weight = d_subnet = d_bias = d_full = None
         flat = _rows(dy)
         if wants_x:
             dx = dy @ weight.to(dy.dtype)
@@ -201,9 +209,11 @@ class _SubnetLinear(torch.autograd.Function):
             d_weight = torch_ops.product(flat, x_whole, ctx.weight_dtype)
         if wants_bias:
             d_bias = flat.sum(0, dtype=ctx.bias_dtype)
+        if wants_full:
+            d_full = torch_ops.product(flat, x_whole, ctx.full_dtype)
         if ctx.profile is not None:
             ctx.profile.add(flat, x_whole)
-        grads = dx, d_weight, d_subnet, d_bias
+        grads = dx, d_weight, d_subnet, d_bias, d_full
         if torch.is_grad_enabled() and ctx.trained is not None:
             grads = _Once.apply(*ctx.trained, dy, *grads)
         return *grads, *[None] * 8
@@ -241,7 +251,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.detach() for g in tensors[-4:])
+        return tuple(None if g is None else g.detach() for g in tensors[-5:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from . import ops, reference, torch_ops
 from .config import LosiaConfig
@@ -24,6 +26,9 @@ class Profile:
     the optimizer steps, together with the update of importance and uncertainty, so that importance is a
     function of the whole step's gradient however the batch was split. Earlier micro-batches of the step
     are summed into ``grad``, which exists only while there are any.
+
+    A compiled backward cannot hand over anything but gradients. There the product is the gradient of ``full``, a
+    leaf of the weight's shape that takes no memory, and autograd sums it up.
     """
 
     def __init__(self, module: SubnetLinear, config: LosiaConfig) -> None:
@@ -32,26 +37,49 @@ class Profile:
         weight = module.weight
         self.importance = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.uncertainty = torch.zeros_like(self.importance)
-        self.grad: Tensor | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self._backward = -1
+        self.full = self._leaf()
+        _at_gradients(self, self.full, module.subnet)
+
+    def _leaf(self) -> Tensor:
+        weight = self.module.weight
+        zero = torch.zeros((), dtype=ops.compact_dtype(weight.dtype), device=weight.device)
+        return zero.expand(weight.shape).requires_grad_()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The sum of the step's micro-batches, less those in ``pending``: ``(out, in)``, in fp32 or fp64."""
+        return self.full.grad
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        self.full.grad = grad
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Take one micro-batch's operands.
+        """Take one micro-batch's operands."""
+        self.begin()
+        if self.pending is not None:
+            self._fold()
+        self.pending = dy.detach(), x.detach()
+
+    def begin(self) -> None:
+        """A backward reaches this layer; before its gradients are added to the last ones.
 
         What a discarded step left behind (an overflow under ``GradScaler``, a ``zero_grad`` without a
         step) is dropped: a new backward that finds no gradient on the subnet, or one that was set to
         zero, starts a new step.
         """
         backward = torch._C._current_graph_task_id()
-        again, self._backward = backward == self._backward, backward
-        if self.module.subnet.grad is None and not again:
+        if backward == self._backward:
+            return
+        self._backward = backward
+        if self.module.subnet.grad is None:
             self.discard()
-        if self.pending is not None:
-            self._fold()
-            if not again:
-                self._drop_if_zeroed()
-        self.pending = dy.detach(), x.detach()
+        elif self.grad is not None or self.pending is not None:
+            if self.pending is not None:
+                self._fold()
+            self._drop_if_zeroed()
 
     def _fold(self) -> None:
         assert self.pending is not None
@@ -108,6 +136,22 @@ class Profile:
         self.importance = self.importance.to(weight.device, dtype)
         self.uncertainty = self.uncertainty.to(weight.device, dtype)
         self.discard()
+        self.full = self._leaf()
+        _at_gradients(self, self.full)
+
+
+def _at_gradients(profile: Profile, *leaves: Tensor) -> None:
+    """Let each backward begin at the first of these gradients, for as long as the profile lives."""
+    profile_of = weakref.ref(profile)
+
+    @unserializable_hook
+    def begin(grad: Tensor) -> None:
+        profile = profile_of()
+        if profile is not None:
+            profile.begin()
+
+    for leaf in leaves:
+        weakref.finalize(profile, leaf.register_hook(begin).remove)
 
 
 def importance_dtype(weight: torch.dtype) -> torch.dtype:
