@@ -127,8 +127,8 @@ class Losia:
         self._unbind()
         self._optimizer, self._scaler = optimizer, scaler
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         self._set_profiled()
         self._ranks = ranks_of(self, process_group)

@@ -1,4 +1,4 @@
-"""What an optimizer must be to train subnets."""
+"""What an optimizer must be to train subnets, and what it forgets of one that moves."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
             f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "
             "create it with losia.parameters()"
         )
+
+
+def forget(optimizer: torch.optim.Optimizer, subnet: Tensor) -> None:
+    """Start the optimizer's state of ``subnet`` afresh, its count of steps too.
+
+    Adam's begins with zeros and is zeroed in place, for a compiled step is compiled for the tensors it has seen.
+    """
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        for value in optimizer.state.get(subnet, {}).values():
+            value.zero_()
+    else:
+        optimizer.state.pop(subnet, None)

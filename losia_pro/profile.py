@@ -144,7 +144,7 @@ def _at_gradients(profile: Profile, *leaves: Tensor) -> None:
     """Let each backward begin at the first of these gradients, for as long as the profile lives."""
     profile_of = weakref.ref(profile)
 
-    @unserializable_hook
+    @unserializable_hook  # type: ignore[untyped-decorator]
     def begin(grad: Tensor) -> None:
         profile = profile_of()
         if profile is not None:

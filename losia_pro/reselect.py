@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from .optimizer import forget
 from .profile import Move, relocate
 
 if TYPE_CHECKING:
@@ -43,6 +44,6 @@ def reselect(losia: Losia, group: int) -> None:
             module = losia.modules[name]
             module.touched.add(module.weight, module.out_idx, module.in_idx)
             if losia._optimizer is not None:
-                losia._optimizer.state.pop(module.subnet, None)
+                forget(losia._optimizer, module.subnet)
     if losia._ranks:
         losia._ranks.check_moved(losia.group_modules(group), losia.step)

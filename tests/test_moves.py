@@ -45,18 +45,21 @@ def test_after_a_move_every_optimizer_steps_as_if_it_were_new(kind):
         assert torch.equal(m.subnet, fresh[n]) == (moved or stateless), n
 
 
-def test_state_of_moved_subnets_is_gone_and_of_the_others_intact():
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.NAdam], ids=lambda m: m.__name__)
+def test_state_of_moved_subnets_is_gone_and_of_the_others_intact(make):
+    """Gone, or zero throughout where that is how it begins."""
     data = toys.batches(6)
     model = toys.stack()
     losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=6))
-    optimizer = torch.optim.AdamW(losia.parameters(), lr=LR)
+    optimizer = make(losia.parameters(), lr=LR)
     losia.bind(optimizer)
     for _ in toys.train(model, optimizer, data):
         pass
     assert losia.history
     for n, m in losia.modules.items():
         if n.startswith("layers.0."):
-            assert m.subnet not in optimizer.state
+            assert (m.subnet in optimizer.state) == (make is torch.optim.AdamW)
+            assert not any(v.any() for v in optimizer.state.get(m.subnet, {}).values())
         else:
             assert optimizer.state[m.subnet]["step"] == 6
             assert float(optimizer.state[m.subnet]["exp_avg"].abs().sum()) > 0
