@@ -57,7 +57,16 @@ class Profile:
         self.full.grad = grad
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Take one micro-batch's operands."""
+        """Take one micro-batch's operands.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, whose replays would not come here.
+        """
+        if dy.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a profiled layer cannot be captured in a CUDA graph: capture the step with period=None, or use "
+                'torch.compile(mode="reduce-overhead"), which handles profiled layers'
+            )
         self.begin()
         if self.pending is not None:
             self._fold()
