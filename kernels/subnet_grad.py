@@ -12,10 +12,10 @@ in fp32, and `sum_splits` adds them in a fixed order: no atomics, the same bits 
 
 Three ways to dy's columns, each where it was the fastest on an H200:
 - aligned runs (GROUP > 1) are gathered inside the product, in 16-byte loads that the compiler pipelines;
-- all columns (GROUP = 0) are read as they lie, where x_sub is narrow and of an odd width;
+- all columns are the library's product, which needs no gather;
 - single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the
   n_in / BLOCK_N column tiles would gather dy again, in 2-byte loads that cannot be pipelined. (`fused=True` does
-  that, to measure it.) The same for runs and for all columns where x_sub is too wide for the ways above.
+  that, to measure it.) The same for runs where x_sub is too wide for the first way.
 To change the tile, change `_tiles`: any powers of two of at least 16 are correct; a stage of the pipeline
 takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory, and a consumer GPU has 99 KiB in all.
 """
@@ -38,9 +38,9 @@ EXACT_TOKENS = 256
 
 @triton.jit
 def subnet_grad_kernel(
-    dy,  # (T, out): as load_tile takes it where GROUP is 0, else a pointer
+    dy_ptr,  # (T, out)
     x,  # (T, N): as load_tile takes it
-    idx_ptr,  # (M,) int64: columns of dy; unused where GROUP is 0
+    idx_ptr,  # (M,) int64: columns of dy, in aligned runs of GROUP
     out_ptr,  # (SPLIT, M, N) contiguous
     T,
     M,
@@ -63,29 +63,25 @@ def subnet_grad_kernel(
     m0 = (tl.program_id(0) // blocks_n) * BLOCK_M
     n0 = (tl.program_id(0) % blocks_n) * BLOCK_N
     m, n, k = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    if GROUP > 0:
-        M = M // GROUP * GROUP  # tells the compiler that masks change between runs only
-        column = tl.load(idx_ptr + m, mask=m < M, other=0)
-        if INT64:
-            k = k.to(tl.int64)
-        else:
-            column = column.to(tl.int32)
-        if GROUP > 1:
-            column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
+    M = M // GROUP * GROUP  # tells the compiler that masks change between runs only
+    column = tl.load(idx_ptr + m, mask=m < M, other=0)
+    if INT64:
+        k = k.to(tl.int64)
+    else:
+        column = column.to(tl.int32)
+    if GROUP > 1:
+        column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
     first = split * T_SPLIT
     last = tl.minimum(first + T_SPLIT, T)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # What lies past T, M or N reads as zero on both sides, so nothing that is not chosen can leak a NaN.
     for start in range(first, last, BLOCK_K):
-        if GROUP > 0:
-            t = start + k
-            a = tl.load(
-                dy + t[:, None] * stride_dt + column[None, :] * stride_dc,
-                mask=(t[:, None] < T) & (m[None, :] < M),
-                other=0.0,
-            )
-        else:
-            a = load_tile(dy, start, m0, T, M, stride_dt, stride_dc, BLOCK_K, BLOCK_M, INT64, BULK)
+        t = start + k
+        a = tl.load(
+            dy_ptr + t[:, None] * stride_dt + column[None, :] * stride_dc,
+            mask=(t[:, None] < T) & (m[None, :] < M),
+            other=0.0,
+        )
         b = load_tile(x, start, n0, T, N, stride_xt, stride_xc, BLOCK_K, BLOCK_N, INT64, BULK)
         if UPCAST:  # Triton's interpreter computes a wrong tl.dot of bf16
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -133,12 +129,13 @@ def subnet_grad(
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
     whole = group == dy.shape[1]
     if fused is None:
-        fused = _faster(whole, group, n_out, n_in, dy.element_size())
+        # Where this kernel was faster than a gather and the library's product on an H200.
+        fused = not whole and group > 1 and n_out >= 128 and n_in <= 1024
     if not fused:
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
-    run = 0 if whole else hardware_run(group)
+    run = hardware_run(group)
     device = device_of(dy.device)
-    tiles = tiles or _tiles(dy.dtype, run, n_in, device)
+    tiles = tiles or _tiles(dy.dtype, n_in, device)
     blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     split_tokens = _split_tokens(tokens, blocks, tiles.k, device.processors)
     if dy.dtype == torch.float32:
@@ -152,7 +149,7 @@ def subnet_grad(
         parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
         subnet_grad_kernel[(blocks, splits)](
-            operand(dy, tiles.k, tiles.m, device.bulk and run == 0),
+            dy,
             operand(x_sub, tiles.k, tiles.n, device.bulk),
             out_idx.contiguous(),
             parts,
@@ -179,24 +176,14 @@ def subnet_grad(
     return out.to(out_dtype)
 
 
-def _faster(whole: bool, group: int, n_out: int, n_in: int, element: int) -> bool:
-    """Whether this kernel was faster than a gather and the library's product on an H200. Of all columns it is
-    where rows of x_sub are not aligned to 16 bytes, which costs the library half of its speed or more."""
-    if whole:
-        return n_in <= 256 and n_in * element % 16 != 0
-    return group > 1 and n_out >= 128 and n_in <= 1024
-
-
-def _tiles(dtype: torch.dtype, run: int, n_in: int, device: Device) -> Tiles:
+def _tiles(dtype: torch.dtype, n_in: int, device: Device) -> Tiles:
     """The fastest tile of those tried on an H200, and smaller ones where shared memory is small. fp32 has no
     matrix units in IEEE precision, so fewer outputs a program."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 3)
     if device.memory < 160 * 1024:  # sm_86, sm_89, sm_120
         return Tiles(64, 64, 64, 4, 3) if n_in <= 64 else Tiles(64, 128, 64, 4, 3)
-    if run:
-        return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
-    return Tiles(256, 64, 64, 8, 3) if n_in > 64 else Tiles(64, 64, 128, 4, 4)
+    return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
 
 
 def _split_tokens(tokens: int, blocks: int, block_k: int, processors: int) -> int:

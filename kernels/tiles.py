@@ -76,10 +76,13 @@ def load_tile(
 def operand(t: Tensor, tokens: int, columns: int, bulk: bool) -> Any:
     """A matrix as ``load_tile`` takes it, for tiles of ``tokens`` x ``columns``.
 
-    Bulk copies need rows that begin at multiples of 16 bytes; a matrix of which they don't is copied first.
+    Bulk copies need rows that begin at multiples of 16 bytes; a matrix of which they don't is copied first. One
+    without rows is never read, but a descriptor has to be of something.
     """
     if not bulk:
         return t
+    if not t.shape[0]:
+        t = t.new_empty(1, t.shape[1])
     unit = 16 // t.element_size()
     aligned = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % unit == 0
     if not aligned or t.data_ptr() % 16:

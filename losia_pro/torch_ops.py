@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -88,7 +89,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == b.dtype == dtype:
         return a.T @ b
     if a.is_cuda and dtype == torch.float32 and a.dtype == b.dtype:
-        return torch.mm(a.T, b, out_dtype=dtype)
+        columns = b.shape[1]
+        if columns % 8:  # 8192 x 4096 times 172 takes the H100 69 us, times 192 32 us
+            b = F.pad(b, (0, -columns % 64))
+        return torch.mm(a.T, b, out_dtype=dtype)[:, :columns].contiguous()
     wide = torch.promote_types(dtype, torch.float32)
     return (a.to(wide).T @ b.to(wide)).to(dtype)
 

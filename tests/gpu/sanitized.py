@@ -3,8 +3,8 @@
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1          # so that each tensor is an allocation that it watches
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitized.py cuda
 
-The same with racecheck, synccheck and, of our kernels alone (--kernel-name kns=losia), initcheck; with ``triton`` for
-memcheck. The answers are not judged here: tests/gpu/test_ops.py does that.
+The same with racecheck, synccheck and initcheck; with ``triton`` for memcheck. The answers are not judged here:
+tests/gpu/test_ops.py does that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main(impl: str) -> None:
                     importance, uncertainty, weight, dy, x, grad, 0.85, 0.85, "second", impl=impl
                 )
         subnet = torch.randn(n_out, n_in, device=DEVICE)
-        OPS.write_back_([weight, weight.clone()], [subnet] * 2, [out_idx] * 2, [in_idx] * 2, impl=impl)
+        OPS.write_back_(
+            [weight, weight.clone()], [subnet] * 2, [out_idx] * 2, [in_idx] * 2, impl=impl
+        )
     torch.cuda.synchronize()
     print(f"{impl}: every kernel ran")
 

@@ -200,20 +200,22 @@ def test_a_layer_has_the_same_gradient_with_each(impl, dtype):
 
 
 @pytest.mark.parametrize("variant", reference.VARIANTS)
-def test_importance_update_follows_its_equation(impl, variant):
+@pytest.mark.parametrize("tokens", [64, 0])
+def test_importance_update_follows_its_equation(impl, variant, tokens):
     usable("importance_update_", impl)
-    tokens, beta = 64, 0.85
+    beta = 0.85
     dy, x, weight = randn(tokens, 40), randn(tokens, 56), randn(40, 56)
     smoothed, uncertainty = randn(40, 56).abs(), randn(40, 56).abs()
-    g = dy.double().T @ x.double()
+    grad = randn(40, 56)
+    g = dy.double().T @ x.double() + grad.double()
     current = reference.importance(g, weight.double(), variant)
     truth_i = beta * smoothed.double() + (1 - beta) * current
     truth_u = beta * uncertainty.double() + (1 - beta) * (current - truth_i).abs()
     torch.ops.losia_pro.importance_update_(
-        smoothed, uncertainty, weight, dy, x, None, beta, beta, variant, impl=impl
+        smoothed, uncertainty, weight, dy, x, grad, beta, beta, variant, impl=impl
     )
     # g's rounding is at most tokens ulps of its terms' size; squaring doubles it, the rest are few operations.
-    bound = 4 * tokens * torch.finfo(torch.float32).eps
+    bound = 4 * max(tokens, 1) * torch.finfo(torch.float32).eps
     assert relative(smoothed, truth_i) <= bound and relative(uncertainty, truth_u) <= bound
 
 
