@@ -84,6 +84,23 @@ def subnet_linear(
         )
     if weight.dim() != 2:
         raise ValueError(f"weight must be (out, in), got {tuple(weight.shape)}")
+    return checked(x, weight, subnet, out_idx, in_idx, bias, impl, mode, profile, groups, shared)
+
+
+def checked(
+    x: Tensor,
+    weight: Tensor,
+    subnet: Tensor,
+    out_idx: Tensor,
+    in_idx: Tensor,
+    bias: Tensor | None,
+    impl: str | None,
+    mode: str,
+    profile: GradientSink | None,
+    groups: tuple[int, int],
+    shared: SharedInputs | None,
+) -> Tensor:
+    """``subnet_linear`` for a layer, whose indices, subnet and weight are known to fit together."""
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., {weight.shape[1]}), got {tuple(x.shape)}")
     given = x

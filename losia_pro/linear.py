@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .base import Touched
 from .config import subnet_size
-from .functional import GradientSink, subnet_linear
+from .functional import GradientSink, checked
 from .guard import RecomputeGuard
 from .ops import compact_dtype
 from .selection import random_neurons, select_together
@@ -137,26 +137,19 @@ class SubnetLinear(nn.Linear):
             return rows.index_select(1, self.in_idx).to(compact_dtype(self.weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
+        own: dict[str, Any] = self._parameters  # a tenth of the time that nn.Module's lookup takes
+        indices: dict[str, Any] = self._buffers
         if not torch.compiler.is_compiling():
             self._guard.check()
-            if self.subnet._version > self._written and not self.touched.swapped:
+            if own["subnet"]._version > self._written and not self.touched.swapped:
                 self._check_written()
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         self.touched.refuse_base()
-        return subnet_linear(
-            input,
-            self.weight,
-            self.subnet,
-            self.out_idx,
-            self.in_idx,
-            self.bias,
-            impl=self.impl,
-            mode=self.mode,
-            profile=self.profile,
-            groups=self.groups,
-            shared=self.shared,
-        )
+        return checked(
+            input, own["weight"], own["subnet"], indices["out_idx"], indices["in_idx"], own.get("bias"),
+            self.impl, self.mode, self.profile, self.groups, self.shared,
+        )  # fmt: skip
 
     def select(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet to other entries: their values come from the dense weight, except that entries

@@ -116,13 +116,14 @@ PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernel
 
 def check_operands(who: str, dy: Tensor, x_sub: Tensor, out_dtype: torch.dtype) -> None:
     """Raise a TypeError for dtypes that the kernels' ``subnet_grad`` cannot take."""
+    if dy.dtype == x_sub.dtype and dy.dtype in PRODUCT_DTYPES and out_dtype in PRODUCT_DTYPES:
+        return
     for what, dtype in (("dy", dy.dtype), ("x_sub", x_sub.dtype), ("out_dtype", out_dtype)):
         if dtype not in PRODUCT_DTYPES:
             raise TypeError(
                 f"the {who} subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
             )
-    if dy.dtype != x_sub.dtype:
-        raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
+    raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
