@@ -152,6 +152,8 @@ def _columns(
         return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it
 
     def gather(flat: Tensor) -> Tensor:
+        if dispatch.left_to_compiler(impl, group):
+            return torch_ops.gather_columns(flat, in_idx)
         if dispatch.plain(flat):
             return dispatch.function("gather_columns", flat, impl)(flat, in_idx, group)
         return torch.ops.losia_pro.gather_columns(flat, in_idx, group=group, impl=impl)  # type: ignore[no-any-return]
@@ -244,6 +246,8 @@ def _subnet_grad(
     out_dtype: torch.dtype,
     impl: str | None,
 ) -> Tensor:
+    if dispatch.left_to_compiler(impl, 1 if group == dy.shape[1] else group):
+        return torch_ops.subnet_grad(dy, x_sub, out_idx, out_dtype, group)
     if dispatch.plain(dy) and dy.dtype == x_sub.dtype:
         return dispatch.function("subnet_grad", dy, impl, group)(
             dy, x_sub, out_idx, out_dtype, group

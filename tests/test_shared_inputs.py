@@ -184,7 +184,7 @@ def test_compiled_gathers_of_one_graph_are_one():
     graphs = []
 
     def count(graph, _):
-        graphs.append(sum("gather_columns" in str(n.target) for n in graph.graph.nodes))
+        graphs.append(sum("index_select" in str(n.target) for n in graph.graph.nodes))
         return make_boxed_func(graph)
 
     backend = aot_autograd(  # with the partitioner that Inductor uses
