@@ -24,11 +24,14 @@ REPEATS = 3  # of all rounds
 
 
 def measure(how: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The row of ``how``: "eager", or "compiled" for both chains under ``torch.compile``."""
+    """The row of ``how``: "eager", "compiled" for both chains under ``torch.compile``, or "graphs" for the same
+    replayed as CUDA graphs."""
     samples: dict[str, Callable[[], float]] = {}
     for name, converted in (("F.linear", False), ("SubnetLinear", True)):
         chain, trained = _chain(converted, device, dtype)
-        run: Callable[[Tensor], Tensor] = torch.compile(chain) if how == "compiled" else chain
+        run: Callable[[Tensor], Tensor] = chain
+        if how != "eager":
+            run = torch.compile(chain, mode="reduce-overhead" if how == "graphs" else "default")
         x = torch.randn(TOKENS, WIDTH, device=device, dtype=dtype, requires_grad=True)
         samples[name] = _sampler(run, x, [x, *trained], device)
     times: dict[str, list[float]] = {name: [] for name in samples}

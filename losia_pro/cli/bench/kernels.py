@@ -141,6 +141,7 @@ def _plan(args: argparse.Namespace, cuda: bool) -> Iterator[Block]:
                 yield Block(op, tokens, list(operations.shapes_of(op, linears)))
     if "host" in args.ops and cuda:  # last: it waits for a compiler
         yield Block("host", "compiled", [(0, 0)])
+        yield Block("host", "graphs", [(0, 0)])
 
 
 def _measure(s: Setting, block: Block, shape: tuple[int, int]) -> list[dict[str, Any]]:
