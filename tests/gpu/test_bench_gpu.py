@@ -51,7 +51,7 @@ def test_kernels_are_right_and_timed_by_graph_replays(tmp_path):
     by = {row["timed_by"] for row in content["rows"] if row["op"] in operations.POINTS}
     assert by == {"graphs"}
     assert {row["selection"] for row in content["rows"] if row["op"] == "host"} == {
-        "eager", "compiled",
+        "eager", "compiled", "graphs",
     }  # fmt: skip
     assert content["limits"]["bandwidth"] > 1e11 and content["limits"]["flops"] > 1e13
 
