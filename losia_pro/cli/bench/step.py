@@ -142,6 +142,7 @@ def _figures(timed: Timed) -> dict[str, Any]:
         "peak_bytes": timed.peak_bytes,
         "first_loss": timed.first_loss,
         "last_loss": timed.last_loss,
+        "first_step_s": round(timed.first_step_s, 2),
     }
 
 

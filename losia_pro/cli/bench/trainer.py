@@ -90,12 +90,14 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds a step, peak memory over the timed steps, and the losses of the first and the last one."""
+    """Milliseconds a step, peak memory over the timed steps, the losses of the first and the last one, and how
+    long the first took, compilers and all."""
 
     ms: Stats
     peak_bytes: int  # allocated on a GPU; resident in the process on a CPU
     first_loss: float
     last_loss: float
+    first_step_s: float
 
 
 def time_steps(trainer: Trainer, warmup: int, steps: int, device: torch.device) -> Timed:
@@ -105,7 +107,10 @@ def time_steps(trainer: Trainer, warmup: int, steps: int, device: torch.device) 
     as in training.
     """
     before = trainer.bits()
-    losses = [float(trainer.step()) for _ in range(warmup)]
+    began = time.perf_counter()
+    losses = [float(trainer.step())]
+    first_step_s = time.perf_counter() - began
+    losses += [float(trainer.step()) for _ in range(warmup - 1)]
     trainer.check(before, losses)
     synchronize(device)
     peak = Peak(device)
@@ -126,4 +131,4 @@ def time_steps(trainer: Trainer, warmup: int, steps: int, device: torch.device) 
     final = float(last)
     if not abs(final) < float("inf"):
         raise AssertionError(f"the last loss is not finite: {final}")
-    return Timed(stats(ms), peak.read(), losses[0], final)
+    return Timed(stats(ms), peak.read(), losses[0], final, first_step_s)
