@@ -67,8 +67,8 @@ class Record:
             "arguments": {k: v for k, v in vars(args).items() if k != "output" and not callable(v)},
             "device": description,
             "state_before": devices.state(device),
-            "versions": _versions(),
-            "revision": args.revision or _revision(),
+            "versions": versions(),
+            "revision": args.revision or revision(),
             "LOSIA_IMPL": dispatch.IMPL,
             "not_shown": not_shown,
             "complete": False,
@@ -123,7 +123,7 @@ def finish(record: Record, stopped: str | None, bad: list[str]) -> int:
     return 1 if bad else 0
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {
         "losia_pro": losia_pro.__version__,
         "python": platform.python_version(),
@@ -135,7 +135,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The commit of the source that is running, marked if its files were changed since."""
     git = ["git", "-C", str(Path(losia_pro.__file__).parent)]
     try:

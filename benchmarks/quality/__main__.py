@@ -1,0 +1,260 @@
+"""The command: ``python -m benchmarks.quality --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losia_pro.cli.bench import device as devices
+from losia_pro.cli.bench.record import revision, versions
+from losia_pro.cli.errors import CliError
+from losia_pro.cli.values import count, names, positive
+
+from . import __doc__ as description
+from . import analysis, corpora, model, mps, record
+from .methods import METHODS
+from .plan import BASE, Job, Plan, choose
+from .pool import Place, Pool
+from .settings import SIZES, WORKERS, Setting
+from .sources import PYTHON
+
+ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs")
+REST = 15.0  # seconds of the budget that are left for the end
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m benchmarks.quality", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    p.add_argument("--size", choices=SIZES, default="26m", help="of the model; default 26m")
+    p.add_argument(
+        "--budget", type=positive, default=3000.0, metavar="SECONDS", help="default 3000"
+    )
+    p.add_argument("--output", type=Path, default=Path("runs/quality.json"), metavar="FILE")
+    p.add_argument(
+        "--base", type=Path, default=Path("runs/quality-base"), metavar="DIR", help="where base models are kept"
+    )  # fmt: skip
+    p.add_argument(
+        "--targets", default="all", metavar="A,B or N", help=f"or the first N there are of {', '.join(ORDER)}"
+    )  # fmt: skip
+    p.add_argument("--methods", type=names, metavar="A,B", help=f"of {', '.join(METHODS)}")
+    p.add_argument(
+        "--tiers", type=names, default=["1", "2"], metavar="1,2", help="of methods; default 1,2"
+    )
+    p.add_argument("--seeds", type=count, default=5, metavar="N", help="final ones; default 5")
+    p.add_argument("--tuning-seeds", type=count, default=1, metavar="N", help="default 1")
+    for flag in ("steps", "batch", "task-batch", "pretrain-steps"):
+        p.add_argument(f"--{flag}", type=count, metavar="N", help="instead of the size's")
+    p.add_argument("--workers", type=count, metavar="N", help="processes that share the device")
+    p.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu; default the first GPU")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default on a GPU: yes")
+    p.add_argument(
+        "--mps", action="store_true", help="run NVIDIA's multi-process service meanwhile"
+    )
+    p.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
+    p.add_argument("--revision", metavar="TEXT", help="of the source, where git cannot be asked")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    begun = time.perf_counter()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with tempfile.TemporaryDirectory() as folder, mps.service(args.mps) as sharing:
+            return run(args, begun, Path(folder), sharing)
+    except CliError as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 2
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> int:
+    device = devices.choose(args.device)
+    setting, methods = _setting(args), _methods(args)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    cores = len(os.sched_getaffinity(0))
+    workers = args.workers or (
+        max(1, min(WORKERS[args.size], cores // 2)) if device.type == "cuda" else cores
+    )
+    pool = None if args.dry_run else Pool(workers, setting)
+    said = _Clock(begun)
+    try:
+        domains, about = corpora.build(setting)
+        targets = _targets(args, domains)
+        said(
+            f"{', '.join(targets)}: {sum(a['bytes']['train'] for a in about.values() if 'bytes' in a) / 1e6:.0f} MB"
+        )
+        base_folder = args.base / _base_digest(setting, about)
+        if pool:
+            corpora.save(folder, domains)
+            pool.open(Place(str(device), folder, base_folder.resolve(), compiled))
+        base = model.build(setting, torch.device("cpu"))
+        pretraining: dict[str, Any] = {"seconds": None}
+        if not model.load(base, base_folder) and pool:
+            pretraining = pool.pretrain()
+            model.load(base, base_folder)
+            said(f"base model pretrained in {pretraining['seconds']:.0f} s")
+        digest = model.digest(base)
+        context = {
+            t: f"{setting.digest()} {digest} {about[t]['sha256']} {device.type}" for t in targets
+        }
+        lines = record.Lines(args.output.with_suffix(".jsonl"))
+        plan = Plan(methods, targets, context, args.seeds, args.tuning_seeds)
+        for row in lines.rows:
+            if row["status"] == "ok":
+                plan.add(row)
+        done, wanted = plan.size()
+        each = _seconds(lines.rows, setting, device) / workers
+        said(
+            f"base {digest}; {workers} workers, {sharing}; {done} of {wanted} runs done, {len(lines.rows)} "
+            f"in the file; about {(wanted - done) * each:.0f} s for the rest"
+        )
+        if pool is None:
+            return 0
+        stopped = _run(args, begun, said, pool, plan, lines, digest)
+        head = {
+            "benchmark": "quality",
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "base")},
+            "setting": dataclasses.asdict(setting),
+            "device": devices.describe(device),
+            "versions": versions(),
+            "revision": args.revision or revision(),
+            "workers": workers,
+            "sharing": sharing,
+            "corpora": about,
+            "base": {"digest": digest, "pretraining_seconds": pretraining["seconds"]},
+            "stopped": stopped,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        rows = analysis.summary(plan)
+        record.write(args.output, head, plan, rows)
+        print(f"\n{analysis.text(plan, rows)}\n")
+        done, wanted = plan.size()
+        said(f"{done} of {wanted} runs; {stopped or 'complete'}; recorded in {args.output}")
+        return 0
+    finally:
+        if pool:
+            pool.close()
+
+
+def _run(
+    args: argparse.Namespace, begun: float, said: _Clock, pool: Pool, plan: Plan, lines: record.Lines, digest: str
+) -> str | None:  # fmt: skip
+    """Hand out jobs until all are done or the budget is nearly spent; says why it stopped early."""
+    started: dict[Job, float] = {}
+    recent: list[float] = []
+    stopped = None
+
+    def next_job(last: str | None, busy: list[Job]) -> Job | None:
+        nonlocal stopped
+        now = time.perf_counter()
+        if now - begun + max(recent[-40:], default=0.0) > args.budget - REST:
+            stopped = f"the budget of {args.budget:.0f} s"
+            return None
+        under_way = {plan.key(job) for job in busy}
+        jobs = [job for job in plan.pending() if plan.key(job) not in under_way]
+        if not jobs:
+            return None
+        job = choose(jobs, last, [j.method for j in busy])
+        started[job] = now
+        return job
+
+    try:
+        for job, row in pool.run(next_job):
+            wall = time.perf_counter() - started.pop(job)
+            recent.append(wall)
+            row = {
+                **{"key": plan.key(job), "method": job.method, "target": job.target, "lr": job.lr},
+                **{"exponent": job.exponent, "seed": job.seed, "base": digest},
+                **row,
+                "wall": round(wall, 2),
+            }
+            lines.add(row)
+            plan.add(row)
+            what = f"{job.method}, {job.target}" + (
+                f", {job.lr:g}, seed {job.seed}" if job.method != BASE else ""
+            )
+            figures = f"{row['test_loss']}" if row["status"] == "ok" else row["reason"]
+            said(f"{what}: {figures} ({wall:.1f} s)")
+    except KeyboardInterrupt:
+        return "interrupted"
+    return stopped
+
+
+class _Clock:
+    """Prints a line with the seconds since the start."""
+
+    def __init__(self, begun: float) -> None:
+        self.begun = begun
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.perf_counter() - self.begun:6.1f} s  {text}", flush=True)
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    flags = {
+        name: value
+        for name in ("steps", "batch", "task_batch", "pretrain_steps")
+        if (value := getattr(args, name)) is not None
+    }
+    return dataclasses.replace(SIZES[args.size], **flags)
+
+
+def _methods(args: argparse.Namespace) -> list[str]:
+    if args.methods is None:
+        return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]
+    for name in args.methods:
+        if name not in METHODS:
+            raise CliError(f"--methods {name}: is none of {', '.join(METHODS)}")
+    return list(args.methods)
+
+
+def _targets(args: argparse.Namespace, domains: dict[str, Any]) -> list[str]:
+    there = [t for t in ORDER if t in domains]
+    if args.targets == "all":
+        return there
+    if args.targets.isdigit():
+        return there[: int(args.targets)]
+    for name in names(args.targets):
+        if name not in there:
+            raise CliError(f"--targets {name}: this machine has {', '.join(there)}")
+    return names(args.targets)
+
+
+def _base_digest(setting: Setting, about: dict[str, Any]) -> str:
+    """Of everything that decides the base model."""
+    fields = ("hidden", "intermediate", "layers", "heads", "length", "task_length")
+    own = [f for f in dataclasses.asdict(setting) if f.startswith("pretrain")]
+    values = {f: getattr(setting, f) for f in (*fields, *own)}
+    return corpora.short_hash(json.dumps([values, about[PYTHON]["sha256"]]))
+
+
+def _seconds(rows: list[dict[str, Any]], setting: Setting, device: torch.device) -> float:
+    """Of one run in one worker: the median of those in the file, or from its floating-point operations."""
+    walls = [r["wall"] for r in rows if r["status"] == "ok" and r["method"] != BASE]
+    if walls:
+        return statistics.median(walls)
+    weights = setting.layers * (4 * setting.hidden**2 + 3 * setting.hidden * setting.intermediate)
+    operations = 6 * weights * setting.steps * setting.batch * setting.length
+    return operations / (250e12 / 8 if device.type == "cuda" else 5e9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

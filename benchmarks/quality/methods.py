@@ -1,0 +1,108 @@
+"""The methods that are compared: a table of named configurations, and how each makes a model trainable.
+
+Each has the exponent its search for a learning rate starts at: the rate is ``10 ** (exponent / 2)``. LoRA and its
+relatives act on the same linears as the subnets: all in the decoder layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+import losia_pro
+
+from .corpora import Part
+from .model import training_loss
+
+LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+CALIBRATION = 4  # batches
+
+
+@dataclass(frozen=True)
+class Method:
+    """``tier``: those of a lower one are run first. ``area``: for LoRA, the share of the weights whose number
+    its rank is made to match."""
+
+    kind: str  # "full", "lora" or "losia"
+    start: int
+    tier: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    area: float | None = None
+
+
+def _losia(tier: int, start: int = -4, **settings: Any) -> Method:
+    return Method("losia", start, tier, settings)
+
+
+def _lora(tier: int, start: int = -5, area: float | None = None, **settings: Any) -> Method:
+    return Method("lora", start, tier, settings, area)
+
+
+FIXED: dict[str, Any] = {"period": None}
+CALIBRATED: dict[str, Any] = {"period": None, "init": "calibrate"}
+PAPER: dict[str, Any] = {"rank_factor": 1 / 8, "period": 50}
+METHODS = {
+    "full": Method("full", -6, 1),
+    "lora-r8": _lora(1, r=8),
+    "lora-as-1/8": _lora(1, area=1 / 64),
+    "losia-paper": _losia(1, **PAPER),
+    "losia-1/8": _losia(1, rank_factor=1 / 8, **FIXED),
+    "losia-1/4": _losia(1, rank_factor=1 / 4, **FIXED),
+    "losia-1/16x1": _losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
+    "losia-1/16x1-calibrated": _losia(1, in_factor=1 / 16, out_factor=1, **CALIBRATED),
+    "lora-as-1/4": _lora(2, area=1 / 16),
+    "losia-1/4-calibrated": _losia(2, rank_factor=1 / 4, **CALIBRATED),
+    "losia-1/4-g16": _losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
+    "losia-1/4-T50": _losia(2, rank_factor=1 / 4, period=50),
+    "dora-r8": _lora(2, r=8, use_dora=True),
+    "pissa-r8": _lora(2, start=-6, r=8, init_lora_weights="pissa"),
+    "losia-default": _losia(2),
+    "losia-1/8-calibrated": _losia(3, rank_factor=1 / 8, **CALIBRATED),
+    "losia-1/4-g8": _losia(3, rank_factor=1 / 4, neuron_group=8, **FIXED),
+    "losia-1/64x1": _losia(3, in_factor=1 / 64, out_factor=1, **FIXED),
+    "losia-1x1/16": _losia(3, in_factor=1, out_factor=1 / 16, **FIXED),
+}
+
+
+@dataclass
+class Prepared:
+    model: nn.Module
+    parameters: list[Tensor]
+    losia: losia_pro.Losia | None = None
+    rank: int | None = None
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+def prepare(method: Method, model: Any, seed: int, first: Callable[[], list[Part]]) -> Prepared:
+    """Make ``model`` trainable. ``first()`` gives the first batches, for a calibrated start."""
+    if method.kind == "full":
+        return Prepared(model, list(model.parameters()))
+    if method.kind == "losia":
+        config = losia_pro.LosiaConfig(**method.settings, seed=seed)
+        losia = losia_pro.attach(model, config)
+        if config.init == "calibrate":
+            losia.calibrate(first(), training_loss)
+        return Prepared(model, list(losia.parameters()), losia)
+    from peft import LoraConfig, get_peft_model
+
+    settings = dict(method.settings)
+    rank = settings.setdefault("r", method.area and _rank_of_area(model, method.area))
+    settings.setdefault("lora_alpha", 2 * rank)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=LINEARS, lora_dropout=0.0, **settings)
+    with warnings.catch_warnings():  # PEFT asks transformers for a name that has since changed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = get_peft_model(model, config)
+    return Prepared(adapted, [p for p in adapted.parameters() if p.requires_grad], rank=rank)
+
+
+def _rank_of_area(model: nn.Module, area: float) -> int:
+    """The rank that trains about as many values as subnets with this share of the weights."""
+    shapes = [m.weight.shape for n, m in model.named_modules() if n.endswith(tuple(LINEARS))]
+    return max(1, round(area * sum(out * into for out, into in shapes) / sum(map(sum, shapes))))
