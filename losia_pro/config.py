@@ -89,6 +89,34 @@ class LosiaConfig:
                 )
             object.__setattr__(self, "target_modules", names)
 
+    @classmethod
+    def paper(
+        cls, task: Literal["instruction", "commonsense"] = "instruction", **changes: Any
+    ) -> LosiaConfig:
+        """The published settings: ``p = 1/8``, ``b1 = b2 = 0.85``, the rest by the kind of task.
+
+        - "instruction" (batch 4, length 2048): ``T = 150``, ``p_o = 1/8``;
+        - "commonsense" (batch 16, length 256): ``T = 50``, and the output head in full, ``p_o = 1``.
+
+        Both at learning rate 5e-5, after 10 % warm-up a cosine to a tenth of it. Those rates and periods are for
+        runs of many thousand steps on 7B models: tune the rate, and take a shorter period for a short run, so
+        that each block moves a few times.
+
+        Args:
+            task: which of the two.
+            changes: any other setting, by name.
+
+        Raises:
+            ValueError: another task, or a setting out of range.
+
+        Source: Wang et al., EMNLP 2025 (arXiv:2507.04487), and its released scripts ``run_losia_pro.sh`` and
+        ``run_losia.sh``.
+        """
+        if task not in _PAPER:
+            raise ValueError(f"task must be one of {tuple(_PAPER)}, got {task!r}")
+        shared = {"rank_factor": 1 / 8, "beta1": 0.85, "beta2": 0.85}
+        return cls(**{**shared, **_PAPER[task], **changes})
+
     def n_in(self, in_features: int) -> int:
         """``|X_S|`` of a targeted linear with that many inputs."""
         factor = self.rank_factor if self.in_factor is None else self.in_factor
@@ -106,6 +134,11 @@ class LosiaConfig:
             d["target_modules"] = list(self.target_modules)
         return d
 
+
+_PAPER: dict[str, dict[str, Any]] = {
+    "instruction": {"period": 150, "output_factor": 1 / 8},
+    "commonsense": {"period": 50, "output_factor": 1.0},
+}
 
 _Number = tuple[type[float] | type[int], Callable[[Any], bool], str]
 

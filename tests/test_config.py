@@ -117,3 +117,21 @@ def test_a_size_is_the_exact_floor_in_whole_groups(features, over, group):
 def test_in_factor_and_out_factor_override_the_rank_factor(settings, n_out, n_in):
     config = LosiaConfig(**settings)
     assert (config.n_out(100), config.n_in(64)) == (n_out, n_in)
+
+
+def test_the_published_settings():
+    instruction, commonsense = LosiaConfig.paper(), LosiaConfig.paper("commonsense")
+    for config in (instruction, commonsense):
+        assert (config.rank_factor, config.beta1, config.beta2) == (1 / 8, 0.85, 0.85)
+        assert (config.importance, config.score, config.schedule) == ("taylor", "iu", "async")
+        assert config.init == "random" and config.rewarm
+    assert (instruction.period, instruction.output_factor) == (150, 1 / 8)
+    assert (commonsense.period, commonsense.output_factor) == (50, 1.0)
+
+
+def test_published_settings_can_be_changed_one_by_one():
+    assert LosiaConfig.paper(period=10, beta1=0.5) == LosiaConfig(
+        period=10, beta1=0.5, output_factor=1 / 8
+    )
+    with pytest.raises(ValueError, match="instruction.*commonsense.*got 'math'"):
+        LosiaConfig.paper("math")

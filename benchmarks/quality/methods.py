@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import losia_pro
+from losia_pro import LosiaConfig
 
 from .corpora import Part
 from .model import training_loss
@@ -44,12 +45,15 @@ def _lora(tier: int, start: int = -5, area: float | None = None, **settings: Any
 
 FIXED: dict[str, Any] = {"period": None}
 CALIBRATED: dict[str, Any] = {"period": None, "init": "calibrate"}
-PAPER: dict[str, Any] = {"rank_factor": 1 / 8, "period": 50}
+PAPER = LosiaConfig.paper()
+PUBLISHED = {k: getattr(PAPER, k) for k in ("rank_factor", "output_factor", "beta1", "beta2")}
 METHODS = {
     "full": Method("full", -6, 1),
     "lora-r8": _lora(1, r=8),
     "lora-as-1/8": _lora(1, area=1 / 64),
-    "losia-paper": _losia(1, **PAPER),
+    "losia-paper-T10": _losia(
+        1, **PUBLISHED, period=10
+    ),  # each block moves about as often as there
     "losia-1/8": _losia(1, rank_factor=1 / 8, **FIXED),
     "losia-1/4": _losia(1, rank_factor=1 / 4, **FIXED),
     "losia-1/16x1": _losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
@@ -57,10 +61,12 @@ METHODS = {
     "lora-as-1/4": _lora(2, area=1 / 16),
     "losia-1/4-calibrated": _losia(2, rank_factor=1 / 4, **CALIBRATED),
     "losia-1/4-g16": _losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
-    "losia-1/4-T50": _losia(2, rank_factor=1 / 4, period=50),
+    "losia-1/4-T10": _losia(2, rank_factor=1 / 4, period=10),
     "dora-r8": _lora(2, r=8, use_dora=True),
     "pissa-r8": _lora(2, start=-6, r=8, init_lora_weights="pissa"),
     "losia-default": _losia(2),
+    "losia-paper-T50": _losia(3, **PUBLISHED, period=50),
+    "losia-1/4-T50": _losia(3, rank_factor=1 / 4, period=50),
     "losia-1/8-calibrated": _losia(3, rank_factor=1 / 8, **CALIBRATED),
     "losia-1/4-g8": _losia(3, rank_factor=1 / 4, neuron_group=8, **FIXED),
     "losia-1/64x1": _losia(3, in_factor=1 / 64, out_factor=1, **FIXED),
@@ -85,7 +91,7 @@ def prepare(method: Method, model: Any, seed: int, first: Callable[[], list[Part
     if method.kind == "full":
         return Prepared(model, list(model.parameters()))
     if method.kind == "losia":
-        config = losia_pro.LosiaConfig(**method.settings, seed=seed)
+        config = LosiaConfig(**method.settings, seed=seed)
         losia = losia_pro.attach(model, config)
         if config.init == "calibrate":
             losia.calibrate(first(), training_loss)
