@@ -64,12 +64,17 @@ def parser() -> argparse.ArgumentParser:
         "--mps", action="store_true", help="run NVIDIA's multi-process service meanwhile"
     )
     p.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
+    p.add_argument(
+        "--summarize", type=Path, metavar="FILE", help="make the tables of a record anew, and nothing else"
+    )  # fmt: skip
     p.add_argument("--revision", metavar="TEXT", help="of the source, where git cannot be asked")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    if args.summarize:
+        return summarize(args.summarize)
     begun = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -78,6 +83,18 @@ def main(arguments: list[str] | None = None) -> int:
     except CliError as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2
+
+
+def summarize(path: Path) -> int:
+    """From the runs of a record alone; where it was made there may be no SciPy."""
+    head, runs = record.read(path)
+    plan = Plan(**head["plan"])
+    for row in runs:
+        plan.add(row)
+    rows = analysis.summary(plan)
+    record.write(path, head, plan, rows)
+    print(analysis.text(plan, rows))
+    return 0
 
 
 def _interrupt(*_: Any) -> None:
@@ -140,6 +157,8 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
             "sharing": sharing,
             "corpora": about,
             "base": {"digest": digest, "pretraining_seconds": pretraining["seconds"]},
+            "plan": {"methods": methods, "targets": targets, "context": context}
+            | {"seeds": args.seeds, "tuning_seeds": args.tuning_seeds},
             "stopped": stopped,
             "seconds": round(time.perf_counter() - begun, 1),
         }

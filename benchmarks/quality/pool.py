@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 import traceback
@@ -74,6 +75,7 @@ def work(connection: Connection, setting: Setting) -> None:
             )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+        gc.collect()  # models hang in cycles of hooks
 
 
 def _tune(setting: Setting, base: Any, domains: Any, job: Any, compiled: bool) -> dict[str, Any]:

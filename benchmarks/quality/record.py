@@ -60,3 +60,11 @@ def write(path: Path, head: dict[str, Any], plan: Plan, rows: list[Row]) -> None
     partial = path.with_name(path.name + ".partial")
     partial.write_text(",\n".join(parts) + "\n}\n")
     partial.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What ``write`` was given, and the runs."""
+    head = json.loads(path.read_text())
+    for derived in ("rows", "complete", "done", "planned", "not_shown"):
+        del head[derived]
+    return head, head.pop("runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Setting:
 
 _26M: dict[str, Any] = dict(
     hidden=512, intermediate=1376, layers=8, heads=8, length=512, batch=32, task_length=192, task_batch=64,
-    steps=400, warmup=0.1, pretrain_batch=64, pretrain_steps=2500, pretrain_lr=2e-3, python_bytes=64_000_000,
+    steps=400, warmup=0.1, pretrain_batch=64, pretrain_steps=2000, pretrain_lr=2e-3, python_bytes=64_000_000,
     target_bytes=4_000_000, smallest=600_000, examples=16_000, held_out=128,
 )  # fmt: skip
 _TOY: dict[str, Any] = dict(
@@ -53,7 +54,7 @@ SIZES = {
     "toy": Setting(**_TOY),
     "26m": Setting(**_26M),
     "100m": Setting(
-        **{**_26M, "hidden": 768, "intermediate": 2048, "layers": 14, "heads": 12, "pretrain_steps": 3500}
+        **{**_26M, "hidden": 768, "intermediate": 2048, "layers": 14, "heads": 12, "pretrain_steps": 3000}
     ),
 }  # fmt: skip
 WORKERS = {"toy": 8, "26m": 8, "100m": 4}  # on one GPU of 80 GB; never more than half of the cores
@@ -61,8 +62,6 @@ WORKERS = {"toy": 8, "26m": 8, "100m": 4}  # on one GPU of 80 GB; never more tha
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
     """Factor on the peak rate at ``step`` (from 0): linear warm-up, then a cosine to a tenth."""
-    import math
-
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise
