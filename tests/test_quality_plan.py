@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.quality import analysis, record
+from benchmarks.quality import analysis, record, studies
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plan import BASE, TUNING_SEED, Job, Plan, choose
@@ -219,3 +219,51 @@ def test_a_name_that_means_nothing_is_refused(flags, message, capsys, tmp_path):
     command = f"--size toy --device cpu --dry-run --output {tmp_path / 'x.json'} {flags}"
     assert main(command.split()) == 2
     assert message in capsys.readouterr().err
+
+
+# --- studies --------------------------------------------------------------------------------------------
+
+
+def study_of(losses: dict[str, float]) -> list[str]:
+    """Sentences of the study "rewarming" for final losses by method; every seed differs alike, nearly."""
+    pytest.importorskip("scipy.stats")
+    plan = small_plan(studies.names("rewarming"))
+    for _ in range(20):
+        for job in plan.pending():
+            final = job.method != BASE and job.seed < TUNING_SEED
+            name = job.method.partition(": ")[2]
+            noise = 0.1 * job.seed + 0.001 * (job.seed * len(name) % 3)
+            finish(
+                plan,
+                job,
+                losses[name] + noise if final else 3.0 if job.method == BASE else loss(job, -4),
+            )
+    return studies.sentences("rewarming", analysis.summary(plan))
+
+
+def test_a_study_says_whether_it_agrees():
+    (sentence,) = study_of({"rewarm=True": 1.0, "rewarm=False": 1.2})
+    assert "better on 1, worse on 0 of 1 targets" in sentence and sentence.endswith(": agrees.")
+    (sentence,) = study_of({"rewarm=True": 1.2, "rewarm=False": 1.0})
+    assert "better on 0, worse on 1 of 1 targets" in sentence and sentence.endswith(
+        ": does not agree."
+    )
+    (sentence,) = study_of({"rewarm=True": 1.0, "rewarm=False": 1.0})
+    assert "better on 0, worse on 0 of 1 targets" in sentence and sentence.endswith(
+        "does not agree."
+    )
+    assert studies.sentences("rewarming", [])[0].endswith("not yet known.")
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_claims_are_on_methods_of_the_study(study):
+    names = studies.STUDIES[study].methods
+    assert all(c.better in names and c.worse in names for c in studies.STUDIES[study].claims)
+    assert len({METHODS[n].decides() for n in studies.names(study)}) == len(names)
+
+
+def test_the_same_configuration_under_two_names_is_one_run():
+    names = ["rewarming: rewarm=True", "score: score=iu", "score: score=i", "groups: single, fixed"]
+    plan = small_plan([*names, "relocalization: fixed"])
+    same, also, other, fixed, too = (plan.key(Job(0, m, "cpp", -4, 0)) for m in plan.methods)
+    assert same == also and fixed == too and len({same, other, fixed}) == 3

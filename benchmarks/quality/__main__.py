@@ -23,7 +23,7 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, corpora, model, mps, record
+from . import analysis, corpora, model, mps, record, studies
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", type=names, metavar="A,B", help=f"of {', '.join(METHODS)}")
     p.add_argument(
         "--tiers", type=names, default=["1", "2"], metavar="1,2", help="of methods; default 1,2"
+    )
+    p.add_argument(
+        "--study", choices=studies.STUDIES, help="one of the paper's, or of levers beyond it"
     )
     p.add_argument("--seeds", type=count, default=5, metavar="N", help="final ones; default 5")
     p.add_argument("--tuning-seeds", type=count, default=1, metavar="N", help="default 1")
@@ -91,10 +94,19 @@ def summarize(path: Path) -> int:
     plan = Plan(**head["plan"])
     for row in runs:
         plan.add(row)
-    rows = analysis.summary(plan)
-    record.write(path, head, plan, rows)
-    print(analysis.text(plan, rows))
+    conclude(path, head, plan)
     return 0
+
+
+def conclude(path: Path, head: dict[str, Any], plan: Plan) -> None:
+    """Write the record, print its tables, and for a study a sentence for each claim of the paper."""
+    rows = analysis.summary(plan)
+    if head["study"]:
+        head["sentences"] = studies.sentences(head["study"], rows)
+    record.write(path, head, plan, rows)
+    print(f"\n{analysis.text(plan, rows)}\n")
+    for sentence in head.get("sentences", []):
+        print(f"{sentence}\n")
 
 
 def _interrupt(*_: Any) -> None:
@@ -147,6 +159,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
         stopped = _run(args, begun, said, pool, plan, lines, digest)
         head = {
             "benchmark": "quality",
+            "study": args.study,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "base")},
             "setting": dataclasses.asdict(setting),
@@ -162,9 +175,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
             "stopped": stopped,
             "seconds": round(time.perf_counter() - begun, 1),
         }
-        rows = analysis.summary(plan)
-        record.write(args.output, head, plan, rows)
-        print(f"\n{analysis.text(plan, rows)}\n")
+        conclude(args.output, head, plan)
         done, wanted = plan.size()
         said(f"{done} of {wanted} runs; {stopped or 'complete'}; recorded in {args.output}")
         return 0
@@ -237,6 +248,8 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _methods(args: argparse.Namespace) -> list[str]:
+    if args.study:
+        return studies.names(args.study)
     if args.methods is None:
         return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]
     for name in args.methods:

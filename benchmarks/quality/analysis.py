@@ -30,11 +30,19 @@ def summary(plan: Plan) -> list[Row]:
                     row["recovered"] = (base["test_loss"] - row["test_loss"]) / gain
                 row["against"] = {
                     rival: compared
-                    for rival in RIVALS
-                    if rival != method and (compared := _compare(runs, finals.get(rival, {})))
+                    for rival in _rivals(method, plan.methods)
+                    if (compared := _compare(runs, finals[rival]))
                 }
                 rows.append(row)
     return rows
+
+
+def _rivals(method: str, methods: Sequence[str]) -> list[str]:
+    """LoRA, and the others of a method's study."""
+    study, colon, _ = method.partition(": ")
+    return [
+        m for m in methods if m != method and (m in RIVALS or colon and m.startswith(f"{study}: "))
+    ]
 
 
 def _finals(plan: Plan, method: str, target: str) -> dict[int, Row]:

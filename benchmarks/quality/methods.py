@@ -21,6 +21,7 @@ from .model import training_loss
 
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 CALIBRATION = 4  # batches
+STUDY = 9  # the tier of what is no part of the table
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,15 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     area: float | None = None
 
+    def decides(self) -> str:
+        """All of it that decides a run, defaults included."""
+        settings = self.settings
+        if self.kind == "losia":
+            settings = LosiaConfig(**settings).to_dict()
+        return repr((self.kind, sorted(settings.items()), self.area))
 
-def _losia(tier: int, start: int = -4, **settings: Any) -> Method:
+
+def losia(tier: int = STUDY, start: int = -4, **settings: Any) -> Method:
     return Method("losia", start, tier, settings)
 
 
@@ -51,26 +59,24 @@ METHODS = {
     "full": Method("full", -6, 1),
     "lora-r8": _lora(1, r=8),
     "lora-as-1/8": _lora(1, area=1 / 64),
-    "losia-paper-T10": _losia(
-        1, **PUBLISHED, period=10
-    ),  # each block moves about as often as there
-    "losia-1/8": _losia(1, rank_factor=1 / 8, **FIXED),
-    "losia-1/4": _losia(1, rank_factor=1 / 4, **FIXED),
-    "losia-1/16x1": _losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
-    "losia-1/16x1-calibrated": _losia(1, in_factor=1 / 16, out_factor=1, **CALIBRATED),
+    "losia-paper-T10": losia(1, **PUBLISHED, period=10),  # each block moves about as often as there
+    "losia-1/8": losia(1, rank_factor=1 / 8, **FIXED),
+    "losia-1/4": losia(1, rank_factor=1 / 4, **FIXED),
+    "losia-1/16x1": losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
+    "losia-1/16x1-calibrated": losia(1, in_factor=1 / 16, out_factor=1, **CALIBRATED),
     "lora-as-1/4": _lora(2, area=1 / 16),
-    "losia-1/4-calibrated": _losia(2, rank_factor=1 / 4, **CALIBRATED),
-    "losia-1/4-g16": _losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
-    "losia-1/4-T10": _losia(2, rank_factor=1 / 4, period=10),
+    "losia-1/4-calibrated": losia(2, rank_factor=1 / 4, **CALIBRATED),
+    "losia-1/4-g16": losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
+    "losia-1/4-T10": losia(2, rank_factor=1 / 4, period=10),
     "dora-r8": _lora(2, r=8, use_dora=True),
     "pissa-r8": _lora(2, start=-6, r=8, init_lora_weights="pissa"),
-    "losia-default": _losia(2),
-    "losia-paper-T50": _losia(3, **PUBLISHED, period=50),
-    "losia-1/4-T50": _losia(3, rank_factor=1 / 4, period=50),
-    "losia-1/8-calibrated": _losia(3, rank_factor=1 / 8, **CALIBRATED),
-    "losia-1/4-g8": _losia(3, rank_factor=1 / 4, neuron_group=8, **FIXED),
-    "losia-1/64x1": _losia(3, in_factor=1 / 64, out_factor=1, **FIXED),
-    "losia-1x1/16": _losia(3, in_factor=1, out_factor=1 / 16, **FIXED),
+    "losia-default": losia(2),
+    "losia-paper-T50": losia(3, **PUBLISHED, period=50),
+    "losia-1/4-T50": losia(3, rank_factor=1 / 4, period=50),
+    "losia-1/8-calibrated": losia(3, rank_factor=1 / 8, **CALIBRATED),
+    "losia-1/4-g8": losia(3, rank_factor=1 / 4, neuron_group=8, **FIXED),
+    "losia-1/64x1": losia(3, in_factor=1 / 64, out_factor=1, **FIXED),
+    "losia-1x1/16": losia(3, in_factor=1, out_factor=1 / 16, **FIXED),
 }
 
 

@@ -58,21 +58,14 @@ class Plan:
         self._keys: dict[Job, str] = {}
 
     def key(self, job: Job) -> str:
-        """Names a run: the same job in the same context, and no other."""
+        """Names a run: what is done in which context, whatever the method is called."""
         if job not in self._keys:
             self._keys[job] = self._key(job)
         return self._keys[job]
 
     def _key(self, job: Job) -> str:
-        settings = METHODS[job.method] if job.method != BASE else None
-        parts = [
-            self.context[job.target],
-            job.method,
-            repr(settings),
-            job.target,
-            job.exponent,
-            job.seed,
-        ]
+        method = METHODS[job.method].decides() if job.method != BASE else BASE
+        parts = [self.context[job.target], method, job.target, job.exponent, job.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def add(self, row: Row) -> None:

@@ -34,7 +34,7 @@ def work(connection: Connection, setting: Setting) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import torch
 
-    from . import corpora, model, training
+    from . import corpora, model, studies, training  # noqa: F401 - the studies' methods
 
     place: Place | None = connection.recv()
     if place is None:
