@@ -69,7 +69,7 @@ METHODS = {
     "losia-1/4-g16": losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
     "losia-1/4-T10": losia(2, rank_factor=1 / 4, period=10),
     "dora-r8": _lora(2, r=8, use_dora=True),
-    "pissa-r8": _lora(2, start=-6, r=8, init_lora_weights="pissa"),
+    "pissa-r8": _lora(2, start=-6, r=8, lora_alpha=8, init_lora_weights="pissa_niter_16"),
     "losia-default": losia(2),
     "losia-paper-T50": losia(3, **PUBLISHED, period=50),
     "losia-1/4-T50": losia(3, rank_factor=1 / 4, period=50),
