@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.quality import corpora, model, settings, tasks, training
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality import corpora, model, settings, studies, tasks, training
+from benchmarks.quality.methods import METHODS, prepare
 
 TOY = settings.SIZES["toy"]
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_a_saved_base_model_is_read_back_bit_for_bit(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [m for m in METHODS if ": " not in m])
 def test_every_method_trains_what_it_says_and_leaves_the_base_alone(name, untrained):
     part = text_part()
     domain = {"train": part, "valid": part, "test": part}
@@ -174,3 +175,32 @@ def test_every_method_trains_what_it_says_and_leaves_the_base_alone(name, untrai
         ]
         half = sum(map(sum, shapes)) / 2
         assert abs(row["trainable"] - area * sum(a * b for a, b in shapes)) <= half
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_every_configuration_of_a_study_fits_the_smallest_model(study, untrained):
+    for name in studies.names(study):
+        if METHODS[name].settings.get("init") != "calibrate":
+            prepared = prepare(METHODS[name], copy.deepcopy(untrained), 0, list)
+            assert prepared.trainable > 0
+
+
+def test_a_sequence_tunes_on_from_the_weights_that_the_last_tuning_left(untrained):
+    """At learning rate 1e-5 and a last rate of nothing, what the first tuning did is all there is."""
+    part = text_part()
+    first = {"train": part, "valid": part, "test": part}
+    rows = corpora.Part(part.rows.flip(0, 1).contiguous(), part.first, part.last)
+    second = {"train": rows, "valid": rows, "test": rows}
+    domains = {"cpp": first, "docs": second, "python": first}
+    setting = settings.dataclasses.replace(TOY, steps=3)
+    for name in ("full", "lora-r8", "losia-1/4"):
+        alone = {"method": name, "target": "cpp", "lr": 1e-2, "seed": 0}
+        both = {**alone, "target": "docs", "lr": 0.0, "before": (("cpp", -4),)}
+        one = training.tune(setting, untrained, domains, alone, False)
+        row = training.tune(setting, untrained, domains, both, False)
+        assert row["sequence"] == ["cpp", "docs"] and len(row["matrix"]) == 2
+        assert row["matrix"][0] == row["matrix"][1]
+        assert row["matrix"][0][0] == pytest.approx(
+            one["test_loss"], rel=1e-5
+        )  # merged: rounding of a sum
+        assert row["matrix"][0][0] < model.evaluate(untrained, part, 8)[0]

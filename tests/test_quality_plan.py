@@ -263,7 +263,35 @@ def test_claims_are_on_methods_of_the_study(study):
 
 
 def test_the_same_configuration_under_two_names_is_one_run():
-    names = ["rewarming: rewarm=True", "score: score=iu", "score: score=i", "groups: single, fixed"]
+    names = [
+        "rewarming: rewarm=True",
+        "score: score=iu",
+        "score: score=i",
+        "selection: fixed, random",
+    ]
     plan = small_plan([*names, "relocalization: fixed"])
     same, also, other, fixed, too = (plan.key(Job(0, m, "cpp", -4, 0)) for m in plan.methods)
     assert same == also and fixed == too and len({same, other, fixed}) == 3
+
+
+def test_average_performance_and_transfer():
+    matrix = [
+        [1.0, 2.5, 3.0],
+        [1.5, 2.0, 2.9],
+        [1.7, 2.2, 2.0],
+    ]  # rows: after the first, second, third tuning
+    ap, fwt, bwt = analysis.transfer([3.0, 3.0, 3.0], matrix)
+    assert ap == pytest.approx(-(1.7 + 2.2 + 2.0) / 3)
+    assert fwt == pytest.approx((2.0 + 1.0 + 1.0) / 3)
+    assert bwt == pytest.approx(-(0.7 + 0.2) / 2)
+
+
+def test_a_sequence_is_one_run_at_the_rates_found_for_each_target():
+    plan = small_plan(targets=["cpp", "docs", "man"], seeds=2, sequence=True)
+    done = run_all(plan)
+    finals = [j for j in done if j.method != BASE and j.seed < TUNING_SEED]
+    assert len(finals) == 4
+    for job in finals:
+        assert (job.target, job.exponent) == ("man", -6)
+        assert job.before == (("cpp", -6), ("docs", -6))
+    assert plan.size() == (len(done), len(done))

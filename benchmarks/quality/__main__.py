@@ -31,6 +31,7 @@ from .settings import SIZES, WORKERS, Setting
 from .sources import PYTHON
 
 ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs")
+CONTINUAL = "continual"  # the study that tunes to all targets, one after another
 REST = 15.0  # seconds of the budget that are left for the end
 
 
@@ -54,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         "--tiers", type=names, default=["1", "2"], metavar="1,2", help="of methods; default 1,2"
     )
     p.add_argument(
-        "--study", choices=studies.STUDIES, help="one of the paper's, or of levers beyond it"
+        "--study",
+        choices=[*studies.STUDIES, CONTINUAL],
+        help="one of the paper's, or of levers beyond it",
     )
     p.add_argument("--seeds", type=count, default=5, metavar="N", help="final ones; default 5")
     p.add_argument("--tuning-seeds", type=count, default=1, metavar="N", help="default 1")
@@ -101,7 +104,7 @@ def summarize(path: Path) -> int:
 def conclude(path: Path, head: dict[str, Any], plan: Plan) -> None:
     """Write the record, print its tables, and for a study a sentence for each claim of the paper."""
     rows = analysis.summary(plan)
-    if head["study"]:
+    if head["study"] in studies.STUDIES:
         head["sentences"] = studies.sentences(head["study"], rows)
     record.write(path, head, plan, rows)
     print(f"\n{analysis.text(plan, rows)}\n")
@@ -144,7 +147,8 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
             t: f"{setting.digest()} {digest} {about[t]['sha256']} {device.type}" for t in targets
         }
         lines = record.Lines(args.output.with_suffix(".jsonl"))
-        plan = Plan(methods, targets, context, args.seeds, args.tuning_seeds)
+        sequence = args.study == CONTINUAL
+        plan = Plan(methods, targets, context, args.seeds, args.tuning_seeds, sequence)
         for row in lines.rows:
             if row["status"] == "ok":
                 plan.add(row)
@@ -171,7 +175,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
             "corpora": about,
             "base": {"digest": digest, "pretraining_seconds": pretraining["seconds"]},
             "plan": {"methods": methods, "targets": targets, "context": context}
-            | {"seeds": args.seeds, "tuning_seeds": args.tuning_seeds},
+            | {"seeds": args.seeds, "tuning_seeds": args.tuning_seeds, "sequence": sequence},
             "stopped": stopped,
             "seconds": round(time.perf_counter() - begun, 1),
         }
@@ -248,7 +252,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _methods(args: argparse.Namespace) -> list[str]:
-    if args.study:
+    if args.study in studies.STUDIES:
         return studies.names(args.study)
     if args.methods is None:
         return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]

@@ -16,6 +16,8 @@ FIGURES = ("test_loss", "old_loss", "test_exact")
 
 def summary(plan: Plan) -> list[Row]:
     """One row for each method and target with at least one final run."""
+    if plan.sequence:
+        return continual(plan)
     rows = []
     for target in plan.targets:
         base = plan.row(BASE, target, 0, 0)
@@ -35,6 +37,53 @@ def summary(plan: Plan) -> list[Row]:
                 }
                 rows.append(row)
     return rows
+
+
+TRANSFER = ("AP", "FWT", "BWT")
+
+
+def continual(plan: Plan) -> list[Row]:
+    """One row for each method: average performance, forward and backward transfer over the targets in their order.
+
+    ``P[i, j]`` is minus the loss on target ``j`` after the ``i``-th tuning, ``P[0, j]`` of the base:
+
+        AP  = 1/N sum_i P[N, i]          FWT = 1/N sum_i (P[i, i] - P[0, i])
+        BWT = 1/(N-1) sum_{i<N} (P[N, i] - P[i, i])
+    """
+    base = [plan.row(BASE, target, 0, 0) for target in plan.targets]
+    found: dict[str, dict[int, Row]] = {}
+    for method in plan.methods:
+        for seed in range(plan.seeds):
+            jobs = plan.finals(method, seed)
+            run = plan.rows.get(plan.key(jobs[0])) if jobs else None
+            if run and all(base) and not any(None in losses for losses in run["matrix"]):
+                values = transfer([r["test_loss"] for r in base if r], run["matrix"])
+                figures = dict(zip(TRANSFER, values, strict=True))
+                found.setdefault(method, {})[seed] = {**figures, "trainable": run["trainable"]}
+    rows = []
+    for method, runs in found.items():
+        row: Row = {"method": method, "sequence": plan.targets, "n": len(runs), "against": {}}
+        row["trainable"] = next(iter(runs.values()))["trainable"]
+        for figure in TRANSFER:
+            values = [run[figure] for run in runs.values()]
+            row[figure], row[f"{figure}_se"] = statistics.fmean(values), standard_error(values)
+        for rival in RIVALS:
+            if rival in found and rival != method:
+                row["against"][rival] = _compare(runs, found[rival], TRANSFER)
+        rows.append(row)
+    return rows
+
+
+def transfer(base: list[float], matrix: list[list[float]]) -> tuple[float, float, float]:
+    """AP, FWT and BWT from losses: ``matrix[i][j]`` on target ``j`` after tuning number ``i``, from 0."""
+    n = len(matrix)
+    own = [-matrix[i][i] for i in range(n)]
+    last = [-loss for loss in matrix[-1]]
+    return (
+        statistics.fmean(last),
+        statistics.fmean(p + loss for p, loss in zip(own, base, strict=True)),
+        statistics.fmean(a - b for a, b in zip(last[:-1], own[:-1], strict=True)),
+    )
 
 
 def _rivals(method: str, methods: Sequence[str]) -> list[str]:
@@ -86,11 +135,13 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def _compare(mine: dict[int, Row], theirs: dict[int, Row]) -> Row | None:
+def _compare(
+    mine: dict[int, Row], theirs: dict[int, Row], figures: Sequence[str] = FIGURES
+) -> Row | None:
     """Mine minus the rival's over the seeds that both have: negative is better, of a loss."""
     seeds = sorted(mine.keys() & theirs.keys())
     found: Row = {"n": len(seeds)}
-    for figure in FIGURES:
+    for figure in figures:
         pairs = [(mine[s].get(figure), theirs[s].get(figure)) for s in seeds]
         if pairs and all(a is not None and b is not None for a, b in pairs):
             differences = [a - b for a, b in pairs]  # type: ignore[operator]
@@ -112,7 +163,16 @@ def paired_p(differences: Sequence[float]) -> float | None:
 
 
 def text(plan: Plan, rows: list[Row]) -> str:
-    """A table for each target, the best first."""
+    """A table for each target, the best first; one for all if they were tuned to one after another."""
+    if plan.sequence:
+        lines = [
+            [r["method"], f"{r['trainable']:,}", str(r["n"])]
+            + [f"{r[figure]:.4f}" for figure in TRANSFER]
+            + [_p(r["against"].get("lora-r8"), figure) for figure in TRANSFER]
+            for r in sorted(rows, key=lambda r: -r["AP"])
+        ]
+        heads = [f"{figure}, p" for figure in TRANSFER]
+        return table(["method", "trained", "n", *TRANSFER, *heads], lines) if lines else ""
     parts = []
     for target in plan.targets:
         base = plan.row(BASE, target, 0, 0)
@@ -123,6 +183,12 @@ def text(plan: Plan, rows: list[Row]) -> str:
             exact = "test_exact" in base
             parts.append(f"{target}\n{_table(base, mine, exact)}")
     return "\n\n".join(parts)
+
+
+def _p(against: Row | None, figure: str) -> str:
+    """Of the comparison with LoRA."""
+    p = against.get(f"{figure}_p") if against else None
+    return "-" if p is None else f"{p:.2g}"
 
 
 def _table(base: Row, rows: list[Row], exact: bool) -> str:
@@ -160,7 +226,7 @@ def _table(base: Row, rows: list[Row], exact: bool) -> str:
             number(r["test_loss"], 4), number(r["test_loss_se"], 1) if r["test_loss_se"] else "-",
             f"{r['recovered']:.1%}" if "recovered" in r else "-",
             f"{against['test_loss']:+.4f}" if "test_loss" in against else "-",
-            f"{against['test_loss_p']:.2g}" if against.get("test_loss_p") is not None else "-",
+            _p(against, "test_loss"),
             number(r["old_loss"], 4), number(r["old_loss_se"], 1) if r["old_loss_se"] else "-",
         ]  # fmt: skip
         lines.append([*line, f"{r['test_exact']:.1%}"] if exact else line)

@@ -87,6 +87,15 @@ class Prepared:
     losia: losia_pro.Losia | None = None
     rank: int | None = None
 
+    def finish(self) -> Any:
+        """A plain model with the tuned weights, all of them trainable."""
+        plain: Any = self.model
+        if self.losia is not None:
+            plain = self.losia.detach()
+        elif self.rank is not None:
+            plain = plain.merge_and_unload()
+        return plain.requires_grad_(True)
+
     @property
     def trainable(self) -> int:
         return sum(p.numel() for p in self.parameters)

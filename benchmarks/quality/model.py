@@ -128,7 +128,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def compile_blocks(model: nn.Module) -> None:
     """Each decoder layer by itself, so that all share what is compiled once."""
-    torch._dynamo.config.recompile_limit = 1000  # a few variants for each method and shape of a batch
+    torch._dynamo.config.recompile_limit = (
+        1000  # a few variants for each method and shape of a batch
+    )
     torch._dynamo.config.accumulated_recompile_limit = 1000
     for block in blocks(model):
         block.compile(dynamic=False)

@@ -32,10 +32,17 @@ class Job:
     target: str
     exponent: int
     seed: int
+    before: tuple[
+        tuple[str, int], ...
+    ] = ()  # targets and exponents of the tuning that comes before
 
     @property
     def lr(self) -> float:
-        return float(f"{10 ** (self.exponent / 2):.3g}")
+        return rate(self.exponent)
+
+
+def rate(exponent: int) -> float:
+    return float(f"{10 ** (exponent / 2):.3g}")
 
 
 class Plan:
@@ -49,9 +56,11 @@ class Plan:
         context: dict[str, str],
         seeds: int,
         tuning_seeds: int = 1,
+        sequence: bool = False,
     ) -> None:
         self.methods, self.targets = list(methods), list(targets)
         self.context, self.seeds = context, seeds
+        self.sequence = sequence  # the final runs tune to all targets, one after another
         self.tuning_seeds = [TUNING_SEED + k for k in range(tuning_seeds)]
         self.rows: dict[str, Row] = {}
         self.failures: dict[str, int] = {}
@@ -66,6 +75,7 @@ class Plan:
     def _key(self, job: Job) -> str:
         method = METHODS[job.method].decides() if job.method != BASE else BASE
         parts = [self.context[job.target], method, job.target, job.exponent, job.seed]
+        parts += [(self.context[target], target, exponent) for target, exponent in job.before]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def add(self, row: Row) -> None:
@@ -108,10 +118,17 @@ class Plan:
     def _finals(self, methods: list[str], seeds: range, stage: int) -> Iterator[Job]:
         for seed in seeds:
             for method in methods:
-                for target in self.targets:
-                    best = self.best(method, target)
-                    if best is not None:
-                        yield Job(stage, method, target, best, seed)
+                for job in self.finals(method, seed):
+                    yield Job(stage, method, job.target, job.exponent, seed, job.before)
+
+    def finals(self, method: str, seed: int) -> list[Job]:
+        """A final run for each target, or one for all; those whose rates are found."""
+        best = [(t, e) for t in self.targets if (e := self.best(method, t)) is not None]
+        if not self.sequence:
+            return [Job(0, method, target, exponent, seed) for target, exponent in best]
+        if len(best) < len(self.targets):
+            return []
+        return [Job(0, method, *best[-1], seed, tuple(best[:-1]))]
 
     # --- the search for a learning rate -------------------------------------------------------------
 
@@ -150,8 +167,7 @@ class Plan:
 
     def size(self) -> tuple[int, int]:
         """(done, all) as far as is known now: each search is at least three rates, and its finals follow."""
-        searches = len(self.methods) * len(self.targets)
-        finals = searches * self.seeds
+        finals = len(self.methods) * self.seeds * (1 if self.sequence else len(self.targets))
         wanted = sum(len(self.tried(m, t)) for m in self.methods for t in self.targets)
         keys = {self.key(job) for job in self._jobs()}
         done = sum(key in self.rows for key in keys)

@@ -1,8 +1,8 @@
 """The paper's studies: each a list of named configurations, and what the paper says of them.
 
 ``python -m benchmarks.quality --study NAME`` runs one as it runs the table, with a learning rate searched for every
-configuration; its record ends with a sentence for each claim: whether these runs agree. All have ``p = 1/8`` and,
-unless they say otherwise, ``T = 10``, with which each block moves several times in a run.
+configuration; its record ends with a sentence for each claim: whether these runs agree. All have, unless
+they say otherwise, ``p = 1/8`` and ``T = 10``, with which each block moves several times in a run.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ STUDIES = {
     ),
     "groups": Study(
         {
-            "single, fixed": losia(**FIXED),
-            "groups of 8, fixed": losia(**FIXED, neuron_group=8),
-            "groups of 16, fixed": losia(**FIXED, neuron_group=16),
-            "shared inputs, fixed": losia(**FIXED, share_inputs=True),
-            "groups of 16, shared, fixed": losia(**FIXED, neuron_group=16, share_inputs=True),
+            "single": losia(**FIXED, rank_factor=1 / 4),
+            "groups of 8": losia(**FIXED, rank_factor=1 / 4, neuron_group=8),
+            "groups of 16": losia(**FIXED, rank_factor=1 / 4, neuron_group=16),
+            "shared inputs": losia(**FIXED, rank_factor=1 / 4, share_inputs=True),
+            "groups of 16, shared": losia(**FIXED, rank_factor=1 / 4, neuron_group=16, share_inputs=True),
         },
         (),
     ),

@@ -13,6 +13,7 @@ from torch import nn
 
 from . import methods, model
 from .corpora import Domain
+from .plan import rate
 from .settings import Setting, learning_rate
 from .sources import PYTHON
 from .tasks import TASKS
@@ -48,48 +49,77 @@ def tune(
     job: dict[str, Any],
     compiled: bool,
 ) -> dict[str, Any]:
-    """The figures of a job ``{"method", "target", "lr", "seed"}``: losses, seconds of training, trained values,
-    peak memory. A loss that is not finite is None."""
-    method = methods.METHODS[job["method"]]
-    target, seed, lr = job["target"], job["seed"], job["lr"]
-    train, size = domains[target]["train"], batch_size(setting, target)
-    device = train.rows.device
-    cuda = device.type == "cuda"
-    if cuda:
+    """The figures of a job ``{"method", "target", "lr", "seed", "before"}``: losses, seconds of training, trained
+    values, peak memory. A loss that is not finite is None.
+
+    With ``before``, pairs of a target and an exponent, the model is first tuned to those, each time as a plain model
+    with the weights that the last tuning left; ``matrix`` has the loss on each target's test part, in their order,
+    after each tuning.
+    """
+    device = domains[PYTHON]["test"].rows.device
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    steps = [*((t, rate(e)) for t, e in job.get("before", ())), (job["target"], job["lr"])]
+    net: Any = copy.deepcopy(base)
+    matrix = []
+    seconds = 0.0
+    for target, lr in steps:
+        prepared, took = train(setting, net, domains, job, target, lr, compiled)
+        seconds += took
+        if len(steps) > 1:
+            net = prepared.finish()
+            size = {t: 2 * batch_size(setting, t) for t, _ in steps}
+            losses = [model.evaluate(net, domains[t]["test"], size[t])[0] for t, _ in steps]
+            matrix.append([_finite(loss) for loss in losses])
+    row = measure(setting, prepared.model if len(steps) == 1 else net, domains, job["target"])
+    row |= {"seconds": round(seconds, 3), "trainable": prepared.trainable, "compiled": compiled}
+    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    if matrix:
+        row |= {"matrix": matrix, "sequence": [t for t, _ in steps]}
+    if prepared.rank is not None:
+        row["rank"] = prepared.rank
+    if prepared.losia is not None:
+        row["reselections"] = len(prepared.losia.history)
+    return row
+
+
+def train(
+    setting: Setting,
+    net: nn.Module,
+    domains: dict[str, Domain],
+    job: dict[str, Any],
+    target: str,
+    lr: float,
+    compiled: bool,
+) -> tuple[methods.Prepared, float]:
+    """Tune ``net`` itself to one target; the seconds that the steps took."""
+    method, seed = methods.METHODS[job["method"]], job["seed"]
+    data, size = domains[target]["train"], batch_size(setting, target)
+    cuda = data.rows.device.type == "cuda"
     torch.manual_seed(seed)
 
     def first() -> list[Any]:
         return list(
-            itertools.islice(model.batches(train, size, setting.steps, seed), methods.CALIBRATION)
+            itertools.islice(model.batches(data, size, setting.steps, seed), methods.CALIBRATION)
         )
 
-    prepared = methods.prepare(method, copy.deepcopy(base), seed, first)
-    tuned, losia = prepared.model, prepared.losia
+    prepared = methods.prepare(method, net, seed, first)
+    tuned = prepared.model
     optimizer = torch.optim.AdamW(prepared.parameters, lr=lr, weight_decay=0.0, fused=cuda)
-    if losia is not None:
-        losia.bind(optimizer)
-    compiled = compiled and not method.settings.get("use_dora")  # its graph breaks in every linear
-    if compiled:
+    if prepared.losia is not None:
+        prepared.losia.bind(optimizer)
+    if compiled and not method.settings.get("use_dora"):  # whose graph breaks in every linear
         model.compile_blocks(tuned)
     if cuda:
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
     begun = time.perf_counter()
-    for step, batch in enumerate(model.batches(train, size, setting.steps, seed)):
+    for step, batch in enumerate(model.batches(data, size, setting.steps, seed)):
         optimizer.param_groups[0]["lr"] = lr * learning_rate(step, setting.steps, setting.warmup)
         model.training_loss(tuned, batch).backward()
         nn.utils.clip_grad_norm_(prepared.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     if cuda:
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begun
+        torch.cuda.synchronize()
     model.stop_compiling(tuned)
-    row = measure(setting, tuned, domains, target)
-    row |= {"seconds": round(seconds, 3), "trainable": prepared.trainable, "compiled": compiled}
-    row["peak_bytes"] = torch.cuda.max_memory_allocated(device) if cuda else None
-    if prepared.rank is not None:
-        row["rank"] = prepared.rank
-    if losia is not None:
-        row["reselections"] = len(losia.history)
-    return row
+    return prepared, time.perf_counter() - begun
