@@ -32,6 +32,16 @@ from .sources import PYTHON
 
 ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs")
 CONTINUAL = "continual"  # the study that tunes to all targets, one after another
+SEQUENCE = (
+    "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-1/16x1".split()
+)  # that study's methods
+SETTINGS = (
+    "steps",
+    "batch",
+    "task_batch",
+    "pretrain_steps",
+    "target_bytes",
+)  # flags of these names
 REST = 15.0  # seconds of the budget that are left for the end
 
 
@@ -61,8 +71,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seeds", type=count, default=5, metavar="N", help="final ones; default 5")
     p.add_argument("--tuning-seeds", type=count, default=1, metavar="N", help="default 1")
-    for flag in ("steps", "batch", "task-batch", "pretrain-steps"):
-        p.add_argument(f"--{flag}", type=count, metavar="N", help="instead of the size's")
+    for flag in SETTINGS:
+        p.add_argument(
+            f"--{flag.replace('_', '-')}", type=count, metavar="N", help="instead of the size's"
+        )
     p.add_argument("--workers", type=count, metavar="N", help="processes that share the device")
     p.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu; default the first GPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default on a GPU: yes")
@@ -243,17 +255,15 @@ class _Clock:
 
 
 def _setting(args: argparse.Namespace) -> Setting:
-    flags = {
-        name: value
-        for name in ("steps", "batch", "task_batch", "pretrain_steps")
-        if (value := getattr(args, name)) is not None
-    }
+    flags = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
     return dataclasses.replace(SIZES[args.size], **flags)
 
 
 def _methods(args: argparse.Namespace) -> list[str]:
     if args.study in studies.STUDIES:
         return studies.names(args.study)
+    if args.methods is None and args.study == CONTINUAL:
+        return SEQUENCE
     if args.methods is None:
         return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]
     for name in args.methods:
