@@ -91,6 +91,15 @@ def test_a_run_that_diverged_is_worse_than_any():
     assert plan.losses("full", "cpp")[FULL + 1] == math.inf
 
 
+def test_a_method_that_always_diverges_has_no_final_runs():
+    plan = small_plan(methods=["full"])
+    for _ in range(3):
+        for job in plan.pending():
+            finish(plan, job, None if job.method != BASE else 3.0)
+    assert plan.best("full", "cpp") is None
+    assert not plan.pending() and len(plan.rows) == 4 and analysis.summary(plan) == []
+
+
 def test_a_failed_run_is_tried_once_more_and_then_left():
     plan = small_plan(methods=["full"])
     for _ in range(2):

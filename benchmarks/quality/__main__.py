@@ -35,6 +35,7 @@ CONTINUAL = "continual"  # the study that tunes to all targets, one after anothe
 SEQUENCE = (
     "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-1/16x1".split()
 )  # that study's methods
+TABLE = [name for name in METHODS if ": " not in name]  # without the studies' configurations
 SETTINGS = (
     "steps",
     "batch",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--targets", default="all", metavar="A,B or N", help=f"or the first N there are of {', '.join(ORDER)}"
     )  # fmt: skip
-    p.add_argument("--methods", type=names, metavar="A,B", help=f"of {', '.join(METHODS)}")
+    p.add_argument("--methods", type=names, metavar="A,B", help=f"of {', '.join(TABLE)}")
     p.add_argument(
         "--tiers", type=names, default=["1", "2"], metavar="1,2", help="of methods; default 1,2"
     )
@@ -268,7 +269,7 @@ def _methods(args: argparse.Namespace) -> list[str]:
         return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]
     for name in args.methods:
         if name not in METHODS:
-            raise CliError(f"--methods {name}: is none of {', '.join(METHODS)}")
+            raise CliError(f"--methods {name}: is none of {', '.join(TABLE)}")
     return list(args.methods)
 
 
