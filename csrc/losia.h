@@ -31,11 +31,12 @@ struct ImportanceUpdate {
 };
 cudaError_t importance_update(const ImportanceUpdate& update, cudaStream_t stream);
 
-// weight[out_idx[i], in_idx[j]] = subnet[i, j] for many layers of one pair of dtypes. A layer is a row of eight int64:
-// the four addresses, the subnet's rows and columns, the weight's strides in elements. A part is two int32: a layer,
-// and which block of its subnet, row-major: 2^log2_columns columns, at most PART in all.
+// weight[out_idx[i], in_idx[j]] = subnet[i, j] for many layers of one pair of dtypes. A layer is a row of nine int64:
+// the four addresses, the subnet's rows and columns, the weight's strides in elements, how many entries the subnets
+// before it have. A part is two int32: a layer, and which block of its subnet, row-major: 2^log2_columns columns, at
+// most PART in all. A key other than 0 rounds fp32 stochastically to bf16.
 constexpr int PART = 2048;
 cudaError_t write_back(const int64_t* layers, const int32_t* parts, int64_t n_parts, int log2_columns, Dtype weight,
-                       Dtype subnet, cudaStream_t stream);
+                       Dtype subnet, uint64_t key, cudaStream_t stream);
 
 }  // namespace losia

@@ -45,11 +45,11 @@ void importance_update(uintptr_t importance, uintptr_t uncertainty, uintptr_t we
 }
 
 void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int log2_columns, int weight_dtype,
-                int subnet_dtype, int device, uintptr_t stream) {
+                int subnet_dtype, uint64_t key, int device, uintptr_t stream) {
   use(device);
   check("write_back", losia::write_back(pointer<const int64_t>(layers), pointer<const int32_t>(parts), n_parts,
                                         log2_columns, losia::Dtype(weight_dtype), losia::Dtype(subnet_dtype),
-                                        pointer<CUstream_st>(stream)));
+                                        key, pointer<CUstream_st>(stream)));
 }
 
 }  // namespace

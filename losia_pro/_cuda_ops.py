@@ -166,15 +166,17 @@ def write_back_(
     out_idx: Sequence[Tensor],
     in_idx: Sequence[Tensor],
     check: Callable[[], None],
+    key: int | None = None,
 ) -> None:
-    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to nearest in the weight's dtype.
+    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to nearest in the weight's dtype; with a
+    ``key``, fp32 stochastically to bf16.
 
     Weights may have any strides; subnets and indices are contiguous. One launch for each pair of dtypes. ``check``
     judges layers that were not written before.
 
     Raises:
         ValueError: a subnet or an index that is not contiguous.
-        RuntimeError: subnets that are neither fp32 nor, for fp64 weights, fp64.
+        RuntimeError: subnets that are neither fp32 nor bf16 or fp64 as their weights are.
     """
     for table in tables(weights, subnets, out_idx, in_idx, int(_cuda.PART), check):
         _cuda.write_back(
@@ -184,6 +186,7 @@ def write_back_(
             table.columns.bit_length() - 1,
             DTYPES[table.weight.dtype],
             DTYPES[table.subnet.dtype],
+            key or 0,
             *_where(table.layers.device),
         )
 

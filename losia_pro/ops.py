@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, reference, rounding
 from .dispatch import function
 from .selection import are_runs
 
@@ -34,7 +34,7 @@ _lib.define(
 )
 _lib.define(
     "write_back_(Tensor(a!)[] weights, Tensor[] subnets, Tensor[] out_idx, Tensor[] in_idx, *, "
-    "str? impl=None) -> ()"
+    "int? seed=None, str? impl=None) -> ()"
 )
 
 
@@ -136,11 +136,16 @@ def _write_back_(
     out_idx: list[Tensor],
     in_idx: list[Tensor],
     *,
+    seed: int | None = None,
     impl: str | None = None,
 ) -> None:
+    if seed is not None:
+        _check_stochastic(weights)
+    key = None if seed is None else rounding.key_of(seed)
     check = functools.partial(_check_write_back, weights, subnets, out_idx, in_idx)
     if weights:
-        function("write_back_", weights[0], impl)(weights, subnets, out_idx, in_idx, check)
+        write = function("write_back_", weights[0], impl)
+        write(weights, subnets, out_idx, in_idx, check, key)
     else:
         check()
 
@@ -161,6 +166,14 @@ def _check_write_back(
             raise ValueError(
                 f"subnet must be (len(out_idx), len(in_idx)) = ({rows.shape[0]}, {columns.shape[0]}), "
                 f"got {tuple(subnet.shape)}"
+            )
+
+
+def _check_stochastic(weights: list[Tensor]) -> None:
+    for weight in weights:
+        if weight.dtype == torch.float16:
+            raise ValueError(
+                "weights are rounded stochastically to bf16 alone, got torch.float16; seed=None rounds to nearest"
             )
 
 

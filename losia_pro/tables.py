@@ -1,9 +1,9 @@
 """Tables in device memory for one launch over many layers: where each subnet lies, and who writes which part of it.
 
-A layer is a row of eight int64: the addresses of its weight, subnet, ``out_idx`` and ``in_idx``, the subnet's rows and
-columns, and the weight's strides in elements. A part is two int32: a layer, and which block of its subnet. Both
-depend on the tensors' addresses, sizes and dtypes alone, which stay for a whole training run: tables are made
-once and kept.
+A layer is a row of nine int64: the addresses of its weight, subnet, ``out_idx`` and ``in_idx``, the subnet's rows and
+columns, the weight's strides in elements, and how many entries the subnets before it have. A part is two int32: a
+layer, and which block of its subnet. Both depend on the tensors' addresses, sizes and dtypes alone, which stay for a
+whole training run: tables are made once and kept.
 """
 
 from __future__ import annotations
@@ -56,23 +56,25 @@ def tables(
             if strided := [t.stride() for t in group if not t.is_contiguous()]:
                 raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
         pairs: dict[Any, list[int]] = {}
+        first = [0]
         for k, (w, s) in enumerate(zip(weights, subnets, strict=True)):
             pairs.setdefault((w.device, w.dtype, s.dtype), []).append(k)
+            first.append(first[-1] + s.numel())
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)))
         found = _kept[key] = []
         for chosen in pairs.values():
             layers = [[group[k] for k in chosen] for group in (weights, subnets, out_idx, in_idx)]
-            found.append(_make(layers, part))
+            found.append(_make(layers, [first[k] for k in chosen], part))
     return found
 
 
-def _make(group: list[list[Tensor]], part: int) -> Table:
+def _make(group: list[list[Tensor]], first: list[int], part: int) -> Table:
     weights, subnets, _, _ = group
     layers = torch.tensor(
         [
-            [w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), *s.shape, *w.stride()]
-            for w, s, o, i in zip(*group, strict=True)
+            [w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), *s.shape, *w.stride(), n]
+            for w, s, o, i, n in zip(*group, first, strict=True)
         ]
     )
     n_out, n_in = layers[:, 4], layers[:, 5]
@@ -82,8 +84,8 @@ def _make(group: list[list[Tensor]], part: int) -> Table:
     rows = part // columns
     n_parts = -(-n_out // rows) * -(-n_in // columns)
     layer = torch.repeat_interleave(torch.arange(len(layers)), n_parts)
-    first = (n_parts.cumsum(0) - n_parts)[layer]
-    parts = torch.stack([layer, torch.arange(len(layer)) - first], 1).to(torch.int32)
+    before = (n_parts.cumsum(0) - n_parts)[layer]
+    parts = torch.stack([layer, torch.arange(len(layer)) - before], 1).to(torch.int32)
     device = weights[0].device
     empty = (t[0].new_empty(0) for t in (weights, subnets))
     return Table(layers.to(device), parts.contiguous().to(device), rows, columns, *empty)

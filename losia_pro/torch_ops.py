@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import reference, rounding
 
 
 def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
@@ -73,11 +73,23 @@ def write_back_(
     out_idx: Sequence[Tensor],
     in_idx: Sequence[Tensor],
     check: Callable[[], None],
+    key: int | None = None,
 ) -> None:
-    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to the weight's dtype."""
+    """``W[Y_S][:, X_S] = subnet`` for each of several layers, rounded to nearest in the weight's dtype.
+
+    With a ``key``, fp32 subnets are rounded stochastically into bf16 weights; entries are numbered through all
+    layers.
+    """
     check()
+    first = 0
     for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
-        weight.index_put_((rows.unsqueeze(1), columns), subnet.to(weight.dtype))
+        if key is not None and (weight.dtype, subnet.dtype) == (torch.bfloat16, torch.float32):
+            random = rounding.noise(rounding.numbers_of(subnet, first), key)
+            value = rounding.to_bf16(subnet, random)
+        else:
+            value = subnet.to(weight.dtype)
+        weight.index_put_((rows.unsqueeze(1), columns), value)
+        first += subnet.numel()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

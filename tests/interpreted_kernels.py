@@ -160,6 +160,21 @@ def test_write_back_writes_every_layer_and_nothing_else(dtype):
         assert all(map(torch.equal, weights, expected))
 
 
+def test_write_back_rounds_stochastically_to_the_bits_of_pytorch():
+    shapes = [(40, 56), (7, 1000), (1, 1), (9, 2000)]
+    weights = [torch.zeros(s).bfloat16() for s in shapes]
+    weights[1] = torch.zeros(1000, 7).bfloat16().T
+    rows, columns = ([choose(s[k], -(-s[k] // 4)) for s in shapes] for k in (0, 1))
+    subnets = [torch.randn(len(r), len(c)) for r, c in zip(rows, columns, strict=True)]
+    subnets[0][0, :3] = torch.tensor([torch.inf, -torch.inf, 3.39e38])
+    for seed in (0, -3, 2**63 - 1):
+        expected = [w.clone() for w in weights]
+        layers = subnets, rows, columns
+        torch.ops.losia_pro.write_back_(expected, *layers, seed=seed, impl="torch")
+        torch.ops.losia_pro.write_back_(weights, *layers, seed=seed, impl="triton")
+        assert all(map(torch.equal, weights, expected))
+
+
 @pytest.mark.parametrize(
     "view",
     [

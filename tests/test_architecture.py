@@ -26,6 +26,7 @@ FLOORS: list[tuple[str, ...]] = [
         "localize",
         "optimizer",
         "reference",
+        "rounding",
         "saved",
         "schedule",
         "selection",

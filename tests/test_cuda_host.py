@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from losia_pro import reference, torch_ops
+from losia_pro import reference, rounding, torch_ops
 
 
 def memory(address: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -68,21 +68,24 @@ class Kernels(types.ModuleType):
         u.copy_(reference.uncertainty(u.float(), now, smoothed, beta2))
 
     def write_back(
-        self, layers, parts, n_parts, log2_columns, weight_dtype, subnet_dtype, device, stream
+        self, layers, parts, n_parts, log2_columns, weight_dtype, subnet_dtype, key, device, stream
     ):
         assert (device, stream) == (0, 7)
         width = 2**log2_columns
         height = self.PART // width
         for layer, part in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
-            row = memory(layers + 64 * layer, 8, torch.int64).tolist()
-            weight, subnet, out_idx, in_idx, n_out, n_in, stride_r, stride_c = row
+            row = memory(layers + 72 * layer, 9, torch.int64).tolist()
+            weight, subnet, out_idx, in_idx, n_out, n_in, stride_r, stride_c, n = row
             rows, columns = (
                 memory(p, n, torch.int64).tolist() for p, n in ((out_idx, n_out), (in_idx, n_in))
             )
             values = memory(subnet, n_out * n_in, self.DTYPES[subnet_dtype]).view(n_out, n_in)
+            dtype = self.DTYPES[weight_dtype]
+            if key and (dtype, values.dtype) == (torch.bfloat16, torch.float32):
+                random = rounding.noise(rounding.numbers_of(values, n), key)
+                values = rounding.to_bf16(values, random)
             across = -(-n_in // width)
             i0, j0 = part // across * height, part % across * width
-            dtype = self.DTYPES[weight_dtype]
             for i in range(i0, min(i0 + height, n_out)):
                 for j in range(j0, min(j0 + width, n_in)):
                     at = weight + (rows[i] * stride_r + columns[j] * stride_c) * dtype.itemsize
@@ -180,8 +183,9 @@ def test_importance_is_updated_some_rows_at_a_time(
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("key", [None, 2**62 + 5], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype):
+def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype, key):
     weights = [torch.randn(s).to(dtype) for s in ((9, 40), (1, 1), (30, 7))]
     weights[2] = weights[2].T
     rows, columns = (
@@ -195,8 +199,8 @@ def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype):
         for s in subnets:
             s.normal_()
         expected = [w.clone() for w in weights]
-        torch_ops.write_back_(expected, subnets, rows, columns, lambda: None)
-        cuda_ops.write_back_(weights, subnets, rows, columns, lambda: checked.append(1))
+        torch_ops.write_back_(expected, subnets, rows, columns, lambda: None, key)
+        cuda_ops.write_back_(weights, subnets, rows, columns, lambda: checked.append(1), key)
         assert all(map(torch.equal, weights, expected))
     assert checked == [1]
 

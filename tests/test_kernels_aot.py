@@ -136,8 +136,9 @@ def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-def test_write_back_compiles(arch, dtype):
-    types = {"layers_ptr": "*i64", "parts_ptr": "*i32"}
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_write_back_compiles(arch, dtype, stochastic):
+    types = {"layers_ptr": "*i64", "parts_ptr": "*i32", "key": "i64"}
     types |= {"weight_like": f"*{NAMES[dtype]}", "subnet_like": "*fp32"}
-    values = {"BLOCK_R": 4, "BLOCK_C": PART // 4}
+    values = {"STOCHASTIC": stochastic, "BLOCK_R": 4, "BLOCK_C": PART // 4}
     assert compile_for(arch, write_back_kernel, types, values, num_warps=4).asm["cubin"]

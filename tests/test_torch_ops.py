@@ -144,7 +144,8 @@ def arguments(op: str) -> tuple[object, ...]:
 def test_schema_fake_and_compilation_of_each_op_are_sound(op):
     overload = getattr(OPS, op).default
     torch.library.opcheck(overload, arguments(op), {"impl": "torch"})
-    for optional in ({}, {"out_dtype": torch.bfloat16} if op == "subnet_grad" else {}):
+    more = {"subnet_grad": {"out_dtype": torch.bfloat16}, "write_back_": {"seed": 3}}
+    for optional in ({}, more.get(op, {})):
         torch.library.opcheck(overload, arguments(op), optional)
 
 

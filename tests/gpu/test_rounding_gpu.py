@@ -1,0 +1,48 @@
+"""Stochastic rounding on a CUDA device: the bits that PyTorch computes on the CPU, with each implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_tools import choose, randn, usable
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**63 - 1])
+def test_write_back_rounds_stochastically_to_the_bits_of_the_cpu(impl, seed):
+    usable("write_back_", impl)
+    shapes = [(400, 560), (7, 10000), (1, 1), (640, 64)]
+    weights = [torch.zeros(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+    weights[0] = torch.zeros(560, 400, device="cuda", dtype=torch.bfloat16).T
+    rows, columns = ([choose(s[k], -(-s[k] // 4)) for s in shapes] for k in (0, 1))
+    subnets = [randn(len(r), len(c)) for r, c in zip(rows, columns, strict=True)]
+    subnets[0][0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.39e38])
+    layers = weights, subnets, rows, columns
+    on_cpu = [[t.cpu() for t in part] for part in layers]
+    torch.ops.losia_pro.write_back_(*on_cpu, seed=seed, impl="torch")
+    for _ in range(2):
+        torch.ops.losia_pro.write_back_(*layers, seed=seed, impl=impl)
+        for ours, expected in zip(weights, on_cpu[0], strict=True):
+            torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_new_seed_compiles_nothing_anew():
+    """Kernels are chosen by an argument's type and divisibility, and a seed is neither."""
+    usable("write_back_", "triton")
+    from losia_pro.kernels.write_back import write_back_kernel
+
+    idx, weight = choose(64, 8), torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    layer = [weight], [randn(8, 8)], [idx], [idx]
+    torch.ops.losia_pro.write_back_(*layer, seed=0, impl="triton")
+    compiled = sum(len(c[0]) for c in write_back_kernel.device_caches.values())
+    for seed in range(1, 40):
+        torch.ops.losia_pro.write_back_(*layer, seed=seed, impl="triton")
+    assert sum(len(c[0]) for c in write_back_kernel.device_caches.values()) == compiled
+
+
+def test_bf16_subnets_are_written_as_they_are(impl):
+    usable("write_back_", impl)
+    idx, weight = choose(64, 8), torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    subnet = randn(8, 8, dtype=torch.bfloat16)
+    torch.ops.losia_pro.write_back_([weight], [subnet], [idx], [idx], impl=impl)
+    assert torch.equal(weight[idx][:, idx], subnet)
+    assert int((weight != 0).sum()) == int((subnet != 0).sum())
