@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from .adamw import adamw_
 from .gather_columns import gather_columns
 from .importance_update import importance_update_
 from .indexing import INTERPRETED
 from .subnet_grad import subnet_grad
 from .write_back import write_back_
 
-__all__ = ["gather_columns", "importance_update_", "subnet_grad", "why_not", "write_back_"]
+__all__ = [
+    "adamw_",
+    "gather_columns",
+    "importance_update_",
+    "subnet_grad",
+    "why_not",
+    "write_back_",
+]
 
 
 def why_not(device: torch.device) -> str:

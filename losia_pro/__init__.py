@@ -1,6 +1,6 @@
 """LoSiA-Pro: fine-tune a subnet of every linear layer, full rank, at the cost of a frozen network."""
 
-from . import reference
+from . import optim, reference
 from .config import LosiaConfig
 from .controller import Losia, attach
 from .delta import load_delta
@@ -19,6 +19,7 @@ __all__ = [
     "attach",
     "load_delta",
     "localize",
+    "optim",
     "reference",
     "subnet_linear",
 ]

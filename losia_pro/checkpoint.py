@@ -29,6 +29,7 @@ SETTINGS = (
     "rewarm",
     "neuron_group",
     "share_inputs",
+    "subnet_dtype",
 )
 KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
@@ -75,7 +76,7 @@ def _check(losia: Losia, state: dict[str, Any]) -> None:
         odd = sorted(saved.keys() ^ losia.modules.keys())
         raise ValueError(f"the state is of other modules: {odd[0]} is on one side only")
     for key in SETTINGS:
-        theirs, ours = state["config"][key], getattr(losia.config, key)
+        theirs, ours = state["config"].get(key), getattr(losia.config, key)
         if theirs != ours:
             raise ValueError(
                 f"the state was saved with {key}={theirs!r}, this run has {key}={ours!r}"

@@ -37,6 +37,9 @@ class LosiaConfig:
         neuron_group: choose neurons in aligned runs of this many; sizes are rounded down to whole runs.
         share_inputs: one ``X_S`` for linears of a block that read the same input (q, k, v; gate, up): gathered
             and kept once. Found in one forward on the model's ``dummy_inputs``, or ``attach``'s example.
+        subnet_dtype: None keeps subnets in fp32 (fp64 for fp64 weights). "bfloat16", for bf16 weights: subnets,
+            their gradients and so an optimizer's moments take half the memory, and updates need an optimizer
+            that rounds them stochastically: ``losia_pro.optim.AdamW``.
         train_bias: also train the biases of the targeted linears, in full and in their own dtype.
         impl: "torch", "triton", "cuda", or None for the best available on each device.
         seed: of the random first subnets; the same on every rank and device.
@@ -62,6 +65,7 @@ class LosiaConfig:
     beta1: float = 0.85
     beta2: float = 0.85
     rewarm: bool = True
+    subnet_dtype: Literal["bfloat16"] | None = None
     train_bias: bool = False
     impl: str | None = None
     seed: int = 0
@@ -164,6 +168,7 @@ _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "impl": ("torch", "triton", "cuda", None),
     "share_inputs": (False, True),
     "rewarm": (False, True),
+    "subnet_dtype": (None, "bfloat16"),
     "train_bias": (False, True),
 }
 

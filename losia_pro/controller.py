@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import base, checkpoint, delta
+from . import base, checkpoint, delta, rounding
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, replace
@@ -63,7 +63,7 @@ class Losia:
         targets = find_targets(model, config)
         linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
         sizes = subnet_sizes(linears, targets.head, config)
-        check_weights(linears)
+        check_weights(linears, config.subnet_dtype)
         shared = find_shared_inputs(model, targets, example) if config.share_inputs else []
 
         self.model, self.config = model, config
@@ -116,7 +116,8 @@ class Losia:
 
         Raises:
             TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: LBFGS; subnets missing from the optimizer; ``init="calibrate"`` not done yet.
+            ValueError: LBFGS; subnets missing from the optimizer, or in bf16 and rounded to nearest by it;
+                ``init="calibrate"`` not done yet.
             RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step.
         """
         check_optimizer(optimizer, {n: m.subnet for n, m in self.modules.items()})
@@ -168,8 +169,12 @@ class Losia:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
-        for subnets, old, factor in self._before:
-            torch._foreach_lerp_(subnets, old, 1 - factor)
+        for k, (subnets, old, factor) in enumerate(self._before):
+            if self.config.subnet_dtype is None:
+                torch._foreach_lerp_(subnets, old, 1 - factor)
+            else:
+                key = rounding.key_of(self.config.seed, self.step, k, 1)
+                rounding.lerp_(subnets, old, 1 - factor, key)
         self._before = []
         # Here and not before the step: a closure's backward comes in between. The dense weights that
         # importance reads are still those of the forward.

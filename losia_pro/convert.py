@@ -41,6 +41,7 @@ def convert(
             n_in=sizes[name][1],
             neuron_group=config.neuron_group,
             shared=shared.get(name),
+            subnet_dtype=torch.bfloat16 if config.subnet_dtype else None,
             train_bias=config.train_bias,
             mode=config.mode,
             impl=config.impl,

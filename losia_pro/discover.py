@@ -178,8 +178,8 @@ def subnet_sizes(
     return sizes
 
 
-def check_weights(linears: dict[str, nn.Module]) -> None:
-    """Raise a ValueError, by name, for a weight that cannot be tuned in place."""
+def check_weights(linears: dict[str, nn.Module], subnet_dtype: str | None = None) -> None:
+    """Raise a ValueError, by name, for a weight that cannot be tuned in place, or not in this dtype."""
     owners: dict[int, str] = {}
     for name, linear in linears.items():
         weight = linear.weight
@@ -195,6 +195,11 @@ def check_weights(linears: dict[str, nn.Module]) -> None:
         if weight.dtype not in DTYPES:
             raise ValueError(
                 f"{name} has {weight.dtype} weights; only those of fp16, bf16, fp32 or fp64 can be tuned"
+            )
+        if subnet_dtype == "bfloat16" != str(weight.dtype).removeprefix("torch."):
+            raise ValueError(
+                f'subnet_dtype="bfloat16" is for bf16 weights, and {name} has {weight.dtype}: what its entries hold '
+                "would be lost; leave subnet_dtype out, or load the model in bf16"
             )
         if id(weight) in owners:
             raise ValueError(

@@ -25,9 +25,10 @@ class SubnetLinear(nn.Linear):
 
     ``weight`` ``(out, in)`` and ``bias`` are frozen and keep their state-dict keys: a checkpoint of this
     module is one of ``nn.Linear``. The trainable part is the parameter ``subnet`` ``(n_out, n_in)``, in
-    fp32 (fp64 for fp64 weights), holding the current values of those entries; ``out_idx`` and ``in_idx``
-    are sorted int64 buffers. Forward reads ``weight``, backward yields a gradient for ``subnet``; after
-    an optimizer's step, ``write_back`` rounds ``subnet`` into ``weight`` (``Losia.bind`` does it).
+    fp32 (fp64 for fp64 weights; or bf16, see ``LosiaConfig``), holding the current values of those
+    entries; ``out_idx`` and ``in_idx`` are sorted int64 buffers. Forward reads ``weight``, backward yields
+    a gradient for ``subnet``; after an optimizer's step, ``write_back`` rounds ``subnet`` into ``weight``
+    (``Losia.bind`` does it).
 
     The output is ``F.linear``'s bit for bit, and where no gradient of ``subnet`` is asked for (``no_grad``,
     ``inference_mode``, a frozen ``subnet``) the call is ``F.linear``.
@@ -66,6 +67,7 @@ class SubnetLinear(nn.Linear):
         n_in: int | None = None,
         neuron_group: int = 1,
         shared: SharedInputs | None = None,
+        subnet_dtype: torch.dtype | None = None,
         train_bias: bool = False,
         mode: str = "pro",
         impl: str | None = None,
@@ -79,6 +81,7 @@ class SubnetLinear(nn.Linear):
             rank_factor, n_out, n_in: the subnet's size; ``n_out`` and ``n_in`` override the factor.
             neuron_group: neurons are chosen in aligned runs of this many, unless all are.
             shared: the inputs, for linears that have them in common.
+            subnet_dtype: bf16 for a subnet in bf16, while the weight is; see ``LosiaConfig``.
             train_bias: leave the bias trainable, in its own dtype.
             mode: "pro" or "dense"; see ``subnet_linear``.
             impl: which kernels; see ``subnet_linear``.
@@ -91,7 +94,11 @@ class SubnetLinear(nn.Linear):
         self.__dict__.update({k: v for k, v in linear.__dict__.items() if "_hook" in k})
         self.train(linear.training)
         self._make_subnet(
-            *_sizes(linear, rank_factor, n_out, n_in), generator, neuron_group, shared
+            *_sizes(linear, rank_factor, n_out, n_in),
+            generator,
+            neuron_group,
+            shared,
+            subnet_dtype,
         )
         self.mode, self.impl = mode, impl
         if self.bias is not None:
@@ -105,8 +112,10 @@ class SubnetLinear(nn.Linear):
         generator: torch.Generator | None,
         neuron_group: int = 1,
         shared: SharedInputs | None = None,
+        subnet_dtype: torch.dtype | None = None,
     ) -> None:
         self.mode = "pro"
+        self._short = subnet_dtype
         self.impl: str | None = None
         self.profile: GradientSink | None = None
         self.shared = shared
@@ -134,7 +143,11 @@ class SubnetLinear(nn.Linear):
         """The subnet's entries as the dense weight holds them, in the compact dtype."""
         with torch.no_grad():
             rows = self.weight.index_select(0, self.out_idx)
-            return rows.index_select(1, self.in_idx).to(compact_dtype(self.weight.dtype))
+            return rows.index_select(1, self.in_idx).to(self._compact_dtype())
+
+    def _compact_dtype(self) -> torch.dtype:
+        dtype = self.weight.dtype
+        return dtype if dtype == self._short else compact_dtype(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         own: dict[str, Any] = self._parameters  # a tenth of the time that nn.Module's lookup takes
@@ -243,7 +256,7 @@ class SubnetLinear(nn.Linear):
         grad = None if grad is None else grad.detach()
         out_idx, in_idx = self.out_idx, self.in_idx
         super()._apply(fn, recurse)
-        device, dtype = self.weight.device, compact_dtype(self.weight.dtype)
+        device, dtype = self.weight.device, self._compact_dtype()
         if subnet.is_meta and device.type != "meta":
             raise RuntimeError(
                 "a SubnetLinear on the meta device does not know where its subnet is; "

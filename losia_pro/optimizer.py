@@ -13,7 +13,7 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: not a ``torch.optim.Optimizer``.
-        ValueError: LBFGS; subnets missing from the optimizer.
+        ValueError: LBFGS; subnets missing from the optimizer; subnets in bf16 that it rounds to nearest.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -28,6 +28,13 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "
             "create it with losia.parameters()"
+        )
+    short = [n for n, subnet in subnets.items() if subnet.dtype == torch.bfloat16]
+    if short and not getattr(optimizer, "bf16_stochastic_round", False):
+        raise ValueError(
+            f"{len(short)} subnets are in bf16, e.g. {short[0]}, and {type(optimizer).__name__} rounds to nearest, "
+            "which loses small updates; use losia_pro.optim.AdamW, an optimizer of torchao with "
+            "bf16_stochastic_round=True, or leave subnet_dtype out"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from . import reference, rounding
 
@@ -90,6 +92,30 @@ def write_back_(
             value = subnet.to(weight.dtype)
         weight.index_put_((rows.unsqueeze(1), columns), value)
         first += subnet.numel()
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    keys: Sequence[int],
+    **constants: Any,
+) -> None:
+    """``torch.optim.AdamW``'s step on bf16 tensors, in fp32; results are rounded stochastically.
+
+    All four are of one shape for each parameter; ``steps`` counts this step, from 1. By its key, each entry has 32
+    random bits: the parameter is rounded by the lower half, the first moment by the upper one, and the second by the
+    lower half of ``mix`` of them.
+    """
+    for *short, step, key in zip(params, grads, exp_avgs, exp_avg_sqs, steps, keys, strict=True):
+        p, g, m, v = ([t.float()] for t in short)
+        before = [torch.tensor(step - 1.0)]
+        adamw(p, g, m, v, [], before, foreach=False, amsgrad=False, **constants)
+        random = rounding.noise(rounding.numbers_of(short[0]), key)
+        for k, value, bits in ((0, p, random), (2, m, random >> 16), (3, v, rounding.mix(random))):
+            short[k].copy_(rounding.to_bf16(value[0], bits))
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adamw_steps import compare
 
 from losia_pro import dispatch, reference, torch_ops
 from losia_pro.kernels import gather_columns as gather
@@ -249,6 +250,30 @@ def test_fp64_is_refused_by_name():
         launch.subnet_grad(dy.float(), x_sub.float(), idx, torch.float64)
     with pytest.raises(TypeError, match="must be of one dtype"):
         launch.subnet_grad(dy.float(), x_sub.half(), idx, torch.float32)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_is_pytorchs_step_with_the_same_random_bits(maximize):
+    compare(launch.adamw_, [(64, 80), (5,), (1, 1), (33, 65)], "cpu", maximize)
+
+
+def test_adamw_refuses_strides_by_name():
+    p = torch.zeros(4, 6).bfloat16()
+    with pytest.raises(ValueError, match="exp_avg_sq must be contiguous"):
+        launch.adamw_(
+            [p],
+            [p],
+            [p],
+            [p.T],
+            [1],
+            [1],
+            lr=1.0,
+            beta1=0.9,
+            beta2=0.9,
+            eps=0.1,
+            weight_decay=0,
+            maximize=False,
+        )
 
 
 def test_the_interpreter_counts_as_a_device():

@@ -38,7 +38,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("_cuda_ops",),
     ("dispatch",),
     ("ops",),
-    ("functional",),
+    ("functional", "optim"),
     ("profile",),
     ("linear",),
     ("convert", "delta", "discover"),

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ REFUSED = {
     "impl": ("numpy", "", 0),
     "share_inputs": (1, "yes", None),
     "rewarm": (1, 0, "no", None),
+    "subnet_dtype": ("bf16", "float16", torch.bfloat16, False),
     "train_bias": (1, "all", None),
     "target_modules": ((), [], set(), 3, True, ["up", 3], [None], b"up"),
 }
@@ -64,6 +66,7 @@ ACCEPTED = {
     "choices": {
         "mode": "dense", "init": "calibrate", "schedule": "sync", "strategy": "rows", "importance": "first",
         "score": "u", "impl": "torch", "rewarm": False, "train_bias": True,
+        "subnet_dtype": "bfloat16",
     },
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from losia_pro.kernels import adamw  # noqa: E402
 from losia_pro.kernels import gather_columns as gather  # noqa: E402
 from losia_pro.kernels import importance_update as importance  # noqa: E402
 from losia_pro.kernels import subnet_grad as grad  # noqa: E402
@@ -142,3 +143,11 @@ def test_write_back_compiles(arch, dtype, stochastic):
     types |= {"weight_like": f"*{NAMES[dtype]}", "subnet_like": "*fp32"}
     values = {"STOCHASTIC": stochastic, "BLOCK_R": 4, "BLOCK_C": PART // 4}
     assert compile_for(arch, write_back_kernel, types, values, num_warps=4).asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_adamw_compiles(arch):
+    types = {"tensors_ptr": "*i64", "factors_ptr": "*fp32", "parts_ptr": "*i32", "like": "*bf16"}
+    types |= dict.fromkeys(("keep", "rest1", "beta2", "rest2", "eps", "sign"), "fp32")
+    values = {"BLOCK": adamw.BLOCK}
+    assert compile_for(arch, adamw.adamw_kernel, types, values, num_warps=4).asm["cubin"]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adamw_steps import compare
 from ops_tools import choose, randn, usable
+from torch import nn
+
+from losia_pro import optim
 
 
 @pytest.mark.parametrize("seed", [0, -3, 2**63 - 1])
@@ -46,3 +50,41 @@ def test_bf16_subnets_are_written_as_they_are(impl):
     torch.ops.losia_pro.write_back_([weight], [subnet], [idx], [idx], impl=impl)
     assert torch.equal(weight[idx][:, idx], subnet)
     assert int((weight != 0).sum()) == int((subnet != 0).sum())
+
+
+SHAPES = [(512, 1376), (512, 512), (1, 1), (4097,), (0, 4)]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_is_pytorchs_step_with_the_same_random_bits(maximize):
+    usable("adamw_", "triton")
+    from losia_pro.kernels.launch import adamw_
+
+    torch.manual_seed(0)
+    compare(adamw_, SHAPES, "cuda", maximize)
+
+
+def test_adamw_steps_resume_and_move_nothing_to_the_host(monkeypatch):
+    """Two optimizers, of which one goes on from a checkpoint; once its step waits for the device, it fails."""
+    torch.manual_seed(0)
+    start = [randn(*s, dtype=torch.bfloat16) for s in SHAPES]
+    grads = [[randn(*s, dtype=torch.bfloat16) for s in SHAPES] for _ in range(4)]
+
+    def go(optimizer, params, steps):
+        for k in steps:
+            for p, g in zip(params, grads[k], strict=True):
+                p.grad = g.clone()
+            torch.cuda.set_sync_debug_mode("error" if k % 2 else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+
+    whole, first = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    go(optim.AdamW(whole, lr=1e-3), whole, range(4))
+    stopped = optim.AdamW(first, lr=1e-3)
+    go(stopped, first, range(2))
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = optim.AdamW(second, lr=1e-3)
+    resumed.load_state_dict(stopped.state_dict())
+    go(resumed, second, range(2, 4))
+    assert all(map(torch.equal, whole, second))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, start, strict=True) if a.numel() > 1)
