@@ -34,7 +34,10 @@ def trainer(method: str, mode: str = "eager") -> Trainer:
     return Trainer(prepared, models.tokens("toy", 1, 8, CPU), lr=1e-3, fused=True)
 
 
-ALL = "losia-pro losia-pro+profile losia-pro-g8 losia-pro-rect losia-pro-torch lora-r4 lora-peft-r4 dora-r4 full"
+ALL = (
+    "losia-pro losia-pro+profile losia-pro-g8 losia-pro-rect losia-pro-bf16 losia-pro-torch "
+    "lora-r4 lora-peft-r4 dora-r4 full"
+)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,7 @@ def test_losia_methods_have_the_settings_of_their_names():
     rect = config("losia-pro-rect")
     assert (rect.in_factor, rect.out_factor) == (1 / 64, 1.0)
     assert config("losia-pro-torch").impl == "torch"
+    assert config("losia-pro-bf16").subnet_dtype == "bfloat16"
     several = config("losia-pro-g8-rank_factor=1/4-rewarm=false-beta1=0.5")
     assert (several.neuron_group, several.rank_factor) == (8, 0.25)
     assert (several.rewarm, several.beta1) == (False, 0.5)

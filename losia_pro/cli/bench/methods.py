@@ -2,8 +2,9 @@
 
 floor              all weights frozen, no optimizer: forward and the gradient with respect to the inputs
 losia-pro          LosiaConfig's defaults; parts may follow, each after a dash: gN (neuron_group=N),
-                   shared (share_inputs), rect (in_factor=1/64, out_factor=1), torch (plain PyTorch slicing), or
-                   any field of LosiaConfig as key=value; +profile keeps one layer profiled all the time
+                   shared (share_inputs), rect (in_factor=1/64, out_factor=1), bf16 (subnet_dtype="bfloat16"),
+                   torch (plain PyTorch slicing), or any field of LosiaConfig as key=value; +profile keeps one
+                   layer profiled all the time
 lora-rN            LoRA of rank N, lean: adapters in the weights' dtype, no dropout
 lora-peft-rN       LoRA as PEFT defaults and is usually trained: fp32 adapters under autocast, dropout 0.05
 dora-rN            the same with use_dora
@@ -33,6 +34,7 @@ DEFAULT = (
 PARTS: dict[str, dict[str, Any]] = {
     "shared": {"share_inputs": True},
     "rect": {"in_factor": 1 / 64, "out_factor": 1.0},
+    "bf16": {"subnet_dtype": "bfloat16"},
     "torch": {"impl": "torch"},
 }
 FOREVER = 10**9  # optimizer steps: a slot that no benchmark reaches the end of

@@ -66,6 +66,11 @@ def write_back(row: int, n_out: int, n_in: int, subnet: int) -> Traffic:
     return Traffic(n_out * (n_in * subnet + row) + (n_out + n_in) * INDEX, 0)
 
 
+def adamw(entries: int) -> Traffic:
+    """A step on bf16 tensors: parameter, gradient and two moments read, all but the gradient written."""
+    return Traffic(14 * entries, 0)
+
+
 def dense_gradient(tokens: int, out: int, into: int, element: int) -> Traffic:
     """``dy^T x`` alone, in the operands' dtype."""
     return Traffic((tokens * (out + into) + out * into) * element, 2 * tokens * out * into)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losia_pro import optim
+
 from ..memory import Peak
 from .methods import Prepared
 from .timing import Stats, stats, synchronize
@@ -23,14 +25,18 @@ class Trainer:
         prepared: the model and what of it is trained; nothing for the floor, which then has no optimizer.
         ids: ``(batch, length)`` token ids, which are also the labels.
         lr: large enough that bf16 weights move; what is learnt does not matter here.
-        fused: PyTorch's fused AdamW, as transformers' Trainer uses it; else the default of foreach.
+        fused: PyTorch's fused AdamW, as transformers' Trainer uses it; else the default of foreach. Subnets in
+            bf16 take ``losia_pro.optim.AdamW``.
     """
 
     def __init__(self, prepared: Prepared, ids: Tensor, lr: float, fused: bool) -> None:
         self.prepared, self.ids = prepared, ids
         self.optimizer: torch.optim.Optimizer | None = None
         if prepared.parameters:
-            self.optimizer = torch.optim.AdamW(prepared.parameters, lr=lr, fused=fused or None)
+            losia = prepared.losia
+            short = losia is not None and losia.config.subnet_dtype is not None
+            make = optim.AdamW if short else torch.optim.AdamW
+            self.optimizer = make(prepared.parameters, lr=lr, fused=fused or None)
         if prepared.losia is not None:
             assert self.optimizer is not None
             prepared.losia.bind(self.optimizer)
