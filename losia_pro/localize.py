@@ -64,30 +64,28 @@ def localize_together(
 
     exact = [score.double().contiguous() for score in scores]
 
-    def rows(parts: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            _top(s.sum(1), n, group if n < len(s) else 1) for s, n in zip(parts, n_out, strict=True)
-        ]
+    def rows(sums: Sequence[Tensor]) -> list[Tensor]:
+        return [_top(s, n, group if n < len(s) else 1) for s, n in zip(sums, n_out, strict=True)]
 
     def columns(parts: Sequence[Tensor]) -> Tensor:
         sums = torch.stack([s.sum(0) for s in parts]).sum(0)
         return _top(sums, n_in, group if n_in < len(sums) else 1)
 
+    row_sums = [s.sum(1) for s in exact]
+    out_idx, in_idx = rows(row_sums), columns(exact)
     answers = []
     if strategy in ("rows", "best"):
-        out_idx = rows(exact)
         answers.append((out_idx, columns([s[o] for s, o in zip(exact, out_idx, strict=True)])))
     if strategy in ("columns", "best"):
-        in_idx = columns(exact)
-        answers.append((rows([s[:, in_idx] for s in exact]), in_idx))
+        answers.append((rows([s[:, in_idx].sum(1) for s in exact]), in_idx))
     if strategy in ("independent", "best"):
-        answers.append((rows(exact), columns(exact)))
+        answers.append((out_idx, in_idx))
 
     def kept(out_idx: Sequence[Tensor], in_idx: Tensor) -> Tensor:
         parts = [s[o][:, in_idx].sum() for s, o in zip(exact, out_idx, strict=True)]
         return torch.stack(parts).sum()
 
-    everything = torch.stack([s.sum() for s in exact]).sum()
+    everything = torch.cat(row_sums).sum()
     total, *shares = torch.stack([everything, *(kept(*answer) for answer in answers)]).tolist()
     if not math.isfinite(total):
         raise ValueError(
