@@ -39,4 +39,15 @@ constexpr int PART = 2048;
 cudaError_t write_back(const int64_t* layers, const int32_t* parts, int64_t n_parts, int log2_columns, Dtype weight,
                        Dtype subnet, uint64_t key, cudaStream_t stream);
 
+// One step of AdamW on bf16 tensors, computed in fp32 and rounded stochastically; csrc/adamw.cu has the equation. A
+// tensor is a row of six int64: the addresses of parameter, gradient and moments, their entries, the key of their
+// random bits; and of two floats: lr / (1 - beta1^t), (1 - beta2^t)^-1/2. A part is two int32: a tensor, and which
+// block of ADAMW_PART entries.
+struct AdamW {
+  float keep, rest1, beta2, rest2, eps, sign;  // 1 - lr decay, 1 - beta1, beta2, 1 - beta2, eps, -1 to maximize
+};
+constexpr int ADAMW_PART = 2048;
+cudaError_t adamw(const int64_t* tensors, const float* factors, const int32_t* parts, int64_t n_parts,
+                  const AdamW& constants, cudaStream_t stream);
+
 }  // namespace losia

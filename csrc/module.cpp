@@ -52,13 +52,23 @@ void write_back(uintptr_t layers, uintptr_t parts, int64_t n_parts, int log2_col
                                         key, pointer<CUstream_st>(stream)));
 }
 
+void adamw(uintptr_t tensors, uintptr_t factors, uintptr_t parts, int64_t n_parts, float keep, float rest1,
+           float beta2, float rest2, float eps, float sign, int device, uintptr_t stream) {
+  use(device);
+  check("adamw", losia::adamw(pointer<const int64_t>(tensors), pointer<const float>(factors),
+                              pointer<const int32_t>(parts), n_parts, {keep, rest1, beta2, rest2, eps, sign},
+                              pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("ARCHS") = LOSIA_CUDA_ARCHS;  // as CMake names them: 80-real is machine code alone, 120 with PTX too
   m.attr("TOOLKIT") = CUDART_VERSION;
   m.attr("PART") = losia::PART;
+  m.attr("ADAMW_PART") = losia::ADAMW_PART;
   m.def("gather_columns", &gather_columns);
   m.def("importance_update", &importance_update);
   m.def("write_back", &write_back);
+  m.def("adamw", &adamw);
 }

@@ -13,7 +13,6 @@ a tensor. To change the shape, change BLOCK: any power of two.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_ops import check_contiguous
+from ..tables import adamw_tables
 from .rounding import mix, noise, to_bf16
 
 BLOCK = 1024
@@ -82,30 +81,14 @@ def adamw_(
     Raises:
         ValueError: a tensor that is not contiguous.
     """
-    rows, factors = [], []
-    for p, g, m, v, step, key in zip(
-        params, grads, exp_avgs, exp_avg_sqs, steps, keys, strict=True
-    ):
-        check_contiguous(param=p, grad=g, exp_avg=m, exp_avg_sq=v)
-        rows.append([p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel(), key])
-        factors.append([lr / (1 - beta1**step), (1 - beta2**step) ** -0.5])
-    device = params[0].device
-    parts = _parts(tuple(p.numel() for p in params), device)
-    if not parts.shape[0]:
-        return
-    with torch.cuda.device_of(parts):
-        adamw_kernel[(parts.shape[0],)](
-            torch.tensor(rows).to(device, non_blocking=True),
-            torch.tensor(factors, dtype=torch.float32).to(device, non_blocking=True),
-            parts, params[0], 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
-            -1.0 if maximize else 1.0, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=16)
-def _parts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Who does which block of which tensor."""
-    counts = torch.tensor([-(-n // BLOCK) for n in sizes])
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    block = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-    return torch.stack([tensor, block], 1).to(torch.int32).to(device)
+    tensors, factors, parts = adamw_tables(
+        (params, grads, exp_avgs, exp_avg_sqs), steps, keys, lr, (beta1, beta2), BLOCK
+    )
+    n_parts = parts.shape[0]
+    if n_parts:
+        with torch.cuda.device_of(parts):
+            adamw_kernel[(n_parts,)](
+                tensors, factors, parts, params[0],
+                1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, -1.0 if maximize else 1.0,
+                BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
-from .tables import tables
+from .tables import adamw_tables, tables
 
 try:
     _cuda = import_module("losia_pro._cuda")
@@ -189,6 +189,47 @@ def write_back_(
             key or 0,
             *_where(table.layers.device),
         )
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    keys: Sequence[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """See ``torch_ops.adamw_``; all tensors are contiguous. One launch.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
+    """
+    tables = adamw_tables(
+        (params, grads, exp_avgs, exp_avg_sqs),
+        steps,
+        keys,
+        lr,
+        (beta1, beta2),
+        int(_cuda.ADAMW_PART),
+    )
+    _cuda.adamw(
+        *(t.data_ptr() for t in tables),
+        tables[-1].shape[0],
+        1 - lr * weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        -1.0 if maximize else 1.0,
+        *_where(params[0].device),
+    )
 
 
 def _where(device: torch.device) -> tuple[int, int]:

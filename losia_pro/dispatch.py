@@ -28,7 +28,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "subnet_grad": ("cuda", "triton", "torch"),
     "importance_update_": ("triton", "cuda", "torch"),
     "write_back_": ("cuda", "triton", "torch"),
-    "adamw_": ("triton", "torch"),  # no op of torch.ops: an optimizer's step is not traced
+    "adamw_": ("triton", "cuda", "torch"),  # no op of torch.ops: an optimizer's step is not traced
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
 SHORT = 2048

@@ -31,8 +31,8 @@ class AdamW(torch.optim.AdamW):
     is kept in ``param_groups``, so a checkpoint brings its own.
 
     Memory of a bf16 subnet: 2 bytes an entry each for parameter, gradient and two moments, 8 where fp32 takes 16. For
-    LLaMA-2 7B at ``p = 1/8``, 101 M entries, 0.8 GB less. On a GPU with Triton all of a group's bf16 tensors take one
-    launch; elsewhere fp32 copies of one tensor at a time.
+    LLaMA-2 7B at ``p = 1/8``, 101 M entries, 0.8 GB less. On a GPU all of a group's bf16 tensors take one launch;
+    elsewhere fp32 copies of one tensor at a time.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: ``torch.optim.AdamW``'s.

@@ -8,6 +8,7 @@ whole training run: tables are made once and kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,3 +90,48 @@ def _make(group: list[list[Tensor]], first: list[int], part: int) -> Table:
     device = weights[0].device
     empty = (t[0].new_empty(0) for t in (weights, subnets))
     return Table(layers.to(device), parts.contiguous().to(device), rows, columns, *empty)
+
+
+def adamw_tables(
+    tensors: Sequence[Sequence[Tensor]],
+    steps: Sequence[int],
+    keys: Sequence[int],
+    lr: float,
+    betas: tuple[float, float],
+    part: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one launch of AdamW needs, for parts of ``part`` entries.
+
+    ``tensors`` are parameters, gradients, first and second moments, contiguous, on one device. Gradients are new in
+    every step, so the first two tables are made anew, and sent without a wait:
+
+    - a row of six int64 for each parameter: the addresses of the four, its entries, its key;
+    - ``lr / (1 - beta1^t)`` and ``(1 - beta2^t)^-1/2`` in fp32 for its number of steps ``t``;
+    - who does which part: two int32 each, a parameter, and which block of it.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
+    """
+    names = "parameter", "gradient", "exp_avg", "exp_avg_sq"
+    for what, kind in zip(names, tensors, strict=True):
+        if strided := [t.stride() for t in kind if not t.is_contiguous()]:
+            raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
+    device = tensors[0][0].device
+    rows = [
+        [*(t.data_ptr() for t in four), four[0].numel(), key]
+        for *four, key in zip(*tensors, keys, strict=True)
+    ]
+    factors = [[lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** -0.5] for t in steps]
+    return (
+        torch.tensor(rows).to(device, non_blocking=True),
+        torch.tensor(factors, dtype=torch.float32).to(device, non_blocking=True),
+        _adamw_parts(tuple(p.numel() for p in tensors[0]), part, device),
+    )
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _adamw_parts(sizes: tuple[int, ...], part: int, device: torch.device) -> Tensor:
+    counts = torch.tensor([-(-n // part) for n in sizes])
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    block = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack([tensor, block], 1).to(torch.int32).to(device)

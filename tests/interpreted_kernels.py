@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adamw_steps import compare
+from adamw_steps import CONSTANTS, compare
 
 from losia_pro import dispatch, reference, torch_ops
 from losia_pro.kernels import gather_columns as gather
@@ -260,20 +260,7 @@ def test_adamw_is_pytorchs_step_with_the_same_random_bits(maximize):
 def test_adamw_refuses_strides_by_name():
     p = torch.zeros(4, 6).bfloat16()
     with pytest.raises(ValueError, match="exp_avg_sq must be contiguous"):
-        launch.adamw_(
-            [p],
-            [p],
-            [p],
-            [p.T],
-            [1],
-            [1],
-            lr=1.0,
-            beta1=0.9,
-            beta2=0.9,
-            eps=0.1,
-            weight_decay=0,
-            maximize=False,
-        )
+        launch.adamw_([p], [p], [p], [p.T], [1], [1], maximize=False, **CONSTANTS)
 
 
 def test_the_interpreter_counts_as_a_device():

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from adamw_steps import CONSTANTS, compare
 
 from losia_pro import reference, rounding, torch_ops
 
@@ -24,6 +25,7 @@ class Kernels(types.ModuleType):
 
     ARCHS = "75-real,80-real,86-real,90-real,120"
     PART = 32
+    ADAMW_PART = 64
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __init__(self) -> None:
@@ -90,6 +92,25 @@ class Kernels(types.ModuleType):
                 for j in range(j0, min(j0 + width, n_in)):
                     at = weight + (rows[i] * stride_r + columns[j] * stride_c) * dtype.itemsize
                     memory(at, 1, dtype).copy_(values[i, j])
+
+    def adamw(
+        self, tensors, factors, parts, n_parts, keep, rest1, beta2, rest2, eps, sign, device, stream
+    ):
+        assert (device, stream) == (0, 7)
+        for which, block in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
+            *addresses, numel, key = memory(tensors + 48 * which, 6, torch.int64).tolist()
+            lr, scale = memory(factors + 8 * which, 2, torch.float32)
+            part = slice(block * self.ADAMW_PART, (block + 1) * self.ADAMW_PART)
+            short = [memory(a, numel, torch.bfloat16)[part] for a in addresses]
+            p, g, m, v = (t.float() for t in short)
+            g = g * sign
+            m = m + rest1 * (g - m)
+            v = v * beta2 + rest2 * g * g
+            p = p * keep - lr * (m / (v.sqrt() * scale + eps))
+            random = rounding.noise(rounding.numbers_of(p, part.start), key)
+            short[0].copy_(rounding.to_bf16(p, random))
+            short[2].copy_(rounding.to_bf16(m, random >> 16))
+            short[3].copy_(rounding.to_bf16(v, rounding.mix(random)))
 
 
 @pytest.fixture
@@ -203,6 +224,17 @@ def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype, key):
         cuda_ops.write_back_(weights, subnets, rows, columns, lambda: checked.append(1), key)
         assert all(map(torch.equal, weights, expected))
     assert checked == [1]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_is_pytorchs_step_with_the_same_random_bits(cuda_ops, maximize):
+    compare(cuda_ops.adamw_, [(9, 40), (1, 1), (30, 7), (64,), (0, 4)], "cpu", maximize)
+
+
+def test_adamw_refuses_strides_by_name(cuda_ops):
+    t = torch.zeros(4, 6).bfloat16()
+    with pytest.raises(ValueError, match="exp_avg must be contiguous"):
+        cuda_ops.adamw_([t], [t], [t.T], [t], [1], [1], maximize=False, **CONSTANTS)
 
 
 def test_nothing_to_sum_gives_zeros_and_no_launch(cuda_ops):

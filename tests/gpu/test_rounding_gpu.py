@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adamw_steps import compare
+from adamw_steps import CONSTANTS, compare
 from ops_tools import choose, randn, usable
 from torch import nn
 
-from losia_pro import optim
+from losia_pro import dispatch, optim
 
 
 @pytest.mark.parametrize("seed", [0, -3, 2**63 - 1])
@@ -56,12 +56,24 @@ SHAPES = [(512, 1376), (512, 512), (1, 1), (4097,), (0, 4)]
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_adamw_is_pytorchs_step_with_the_same_random_bits(maximize):
-    usable("adamw_", "triton")
-    from losia_pro.kernels.launch import adamw_
+def test_adamw_is_pytorchs_step_with_the_same_random_bits(impl, maximize):
+    usable("adamw_", impl)
+    like = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    compare(dispatch.function("adamw_", like, impl), SHAPES, "cuda", maximize)
 
-    torch.manual_seed(0)
-    compare(adamw_, SHAPES, "cuda", maximize)
+
+def test_adamw_takes_tensors_that_begin_anywhere(impl):
+    """A view that begins at an odd entry is not at a multiple of 4 bytes."""
+    usable("adamw_", impl)
+    like = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    adamw = dispatch.function("adamw_", like, impl)
+    whole = [randn(4098, dtype=torch.bfloat16) for _ in range(3)]
+    whole.append(whole[1].square())
+    views, copies = [[t[1:]] for t in whole], [[t[1:].clone()] for t in whole]
+    for kinds in (views, copies):
+        adamw(*kinds, [3], [2**62 + 5], maximize=False, **CONSTANTS)
+    for (view,), (copy,) in zip(views, copies, strict=True):
+        assert torch.equal(view, copy)
 
 
 def test_adamw_steps_resume_and_move_nothing_to_the_host(monkeypatch):
