@@ -15,7 +15,7 @@ import sys
 import torch
 
 import losia_pro.ops  # noqa: F401
-from losia_pro import torch_ops
+from losia_pro import dispatch, torch_ops
 
 DEVICE = "cuda"
 OPS = torch.ops.losia_pro
@@ -56,9 +56,16 @@ def main(impl: str) -> None:
                     importance, uncertainty, weight, dy, x, grad, 0.85, 0.85, "second", impl=impl
                 )
         subnet = torch.randn(n_out, n_in, device=DEVICE)
-        OPS.write_back_(
-            [weight, weight.clone()], [subnet] * 2, [out_idx] * 2, [in_idx] * 2, impl=impl
-        )
+        layers = [weight, weight.clone()], [subnet] * 2, [out_idx] * 2, [in_idx] * 2
+        for seed in (None, 1) if dtype == torch.bfloat16 else (None,):
+            OPS.write_back_(*layers, seed=seed, impl=impl)
+    adamw = dispatch.function("adamw_", torch.zeros(1, device=DEVICE), impl)
+    kinds = [
+        [torch.rand(n + 1, device=DEVICE).bfloat16()[n % 2 :] for n in (0, 1, 64, 4097)]
+        for _ in range(4)
+    ]
+    constants = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1}
+    adamw(*kinds, [1, 2, 3, 4], [5, 6, 7, 8], maximize=False, **constants)
     torch.cuda.synchronize()
     print(f"{impl}: every kernel ran")
 
