@@ -2,6 +2,9 @@
 
 ``group`` of ``gather_columns`` and ``subnet_grad`` says that the indices come in aligned runs of that many,
 ``[k group, (k + 1) group)``; where it is the number of columns, all are chosen, in order. Kernels rely on it.
+``seed`` of ``write_back_`` rounds fp32 subnets stochastically into bf16 weights (``rounding``): the same seed writes
+the same bits, so that a write-back may run again. None rounds to nearest, as layers and ``Losia`` always do: what a
+delta holds is then a function of the subnets alone.
 ``dispatch`` says which implementation answers. ``LOSIA_DEBUG=1``, read at import, checks what only the device
 knows: that indices are in range, and in runs.
 """
