@@ -221,3 +221,20 @@ def test_what_it_lacks_is_refused_by_name(name):
         optim.AdamW([group])
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         optim.AdamW(group["params"], lr=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_grad_scaler_unscales_and_skips_overflows(dtype):
+    """Also with ``fused``, whose kernel in PyTorch does both by itself."""
+    ends = []
+    for scale in (1.0, 2.0**10):
+        p = parameters(dtype)[0]
+        optimizer = optim.AdamW([p], lr=1e-2, eps=1.0, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+        for value in (0.25, torch.inf, 0.5):
+            p.grad = torch.full_like(p, value) * float(scaler.scale(torch.ones(())))
+            scaler.step(optimizer)
+            scaler.update()
+        assert float(optimizer.state[p]["step"]) == 2
+        ends.append(p.detach())
+    assert torch.equal(*ends)
