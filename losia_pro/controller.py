@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import base, checkpoint, delta, rounding
 from .calibrate import calibrate
 from .config import LosiaConfig
-from .convert import convert, replace
+from .convert import convert, replace, restore
 from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of
 from .inputs import find_shared_inputs
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # PyTorch built without torch.distributed lacks the name
 
 
 def attach(model: nn.Module, config: LosiaConfig | None = None, *, example: Any = None) -> Losia:
-    """Swap the targeted ``nn.Linear`` of ``model`` for ``SubnetLinear``, in place, and freeze the rest.
+    """Swap the targeted linears of ``model`` for ``SubnetLinear``, in place, and freeze the rest.
 
     Args:
         model: any module whose weights are loaded; its repeated blocks become the schedule's groups.
@@ -61,9 +61,9 @@ class Losia:
 
     def __init__(self, model: nn.Module, config: LosiaConfig, example: Any = None) -> None:
         targets = find_targets(model, config)
-        linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
+        linears = targets.linears
         sizes = subnet_sizes(linears, targets.head, config)
-        check_weights(linears, config.subnet_dtype)
+        check_weights(linears, config)
         shared = find_shared_inputs(model, targets, example) if config.share_inputs else []
 
         self.model, self.config = model, config
@@ -72,7 +72,7 @@ class Losia:
         self.schedule = Schedule(len(self.groups), config.period, config.schedule == "sync")
         self.step = 0
         self.history: list[Reselection] = []
-        self.base_digest = delta.digest({n: m.weight for n, m in linears.items()})  # type: ignore[misc]
+        self.base_digest = delta.digest({n: m.weight for n, m in linears.items()})
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: Any = None
         self._handles: list[Any] = []
@@ -80,12 +80,11 @@ class Losia:
         self._ranks: Ranks | None = None
         self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
         self._calibrated = config.init == "random"
-        self._original = linears
         self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
 
         model.requires_grad_(False)
-        self.modules = convert(linears, sizes, self.sets, config)
-        replace(model, {id(linears[n]): self.modules[n] for n in linears})
+        self.modules, self._swaps = convert(linears, sizes, self.sets, config)
+        replace(model, self._swaps)
         keep_from_broadcast(model, self.modules.values())
         base.record(self, self.modules)
 
@@ -297,12 +296,8 @@ class Losia:
         self._unbind()
         for m in self.modules.values():
             m.profile = None
-        for name, linear in self._original.items():
-            module = self.modules[name]
-            linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
-            linear.train(module.training)
         allow_broadcast(self.model, self.modules.values())
-        replace(self.model, {id(self.modules[n]): m for n, m in self._original.items()})
+        restore(self.model, self._swaps)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
             parameter.grad = None

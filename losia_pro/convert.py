@@ -1,4 +1,4 @@
-"""A model's linears become ``SubnetLinear``, and plain again."""
+"""A model's linear maps take subnets, and become plain again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from .config import LosiaConfig
+from .kinds import stand_in
 from .linear import SubnetLinear
 from .selection import random_neurons
 from .shared import SharedInputs
+from .views import SubnetView, View
+
+Swap = tuple[nn.Module, nn.Module]  # a layer, and what takes its place
 
 
 def convert(
@@ -19,13 +23,16 @@ def convert(
     sizes: Mapping[str, tuple[int, int]],
     sets: Sequence[Sequence[str]],
     config: LosiaConfig,
-) -> dict[str, SubnetLinear]:
+) -> tuple[dict[str, SubnetLinear], list[Swap]]:
     """A ``SubnetLinear`` for each linear, with random first subnets: the same on every rank and device.
 
     Args:
         linears: the layers by name.
         sizes: ``(n_out, n_in)`` of each.
         sets: their names, one list for those that share their inputs.
+
+    Returns:
+        They by name, and the layers to replace.
     """
     generator = torch.Generator().manual_seed(config.seed)
     shared: dict[str, SharedInputs] = {}
@@ -34,8 +41,8 @@ def convert(
         if len(names) > 1 and n_in < size:
             inputs = SharedInputs(random_neurons(size, n_in, config.neuron_group, generator))
             shared |= dict.fromkeys(names, inputs)
-    return {
-        name: SubnetLinear.from_linear(
+    new = {
+        name: (SubnetView if isinstance(linear, View) else SubnetLinear).from_linear(
             linear,
             n_out=sizes[name][0],
             n_in=sizes[name][1],
@@ -49,11 +56,35 @@ def convert(
         )
         for name, linear in linears.items()
     }
+    return new, _swaps(linears, new)
 
 
-def replace(model: nn.Module, new: dict[int, Any]) -> None:
+def _swaps(linears: Mapping[str, Any], new: Mapping[str, SubnetLinear]) -> list[Swap]:
+    swaps: list[Swap] = []
+    units: dict[int, tuple[nn.Module, dict[str, SubnetView]]] = {}
+    for name, linear in linears.items():
+        module = new[name]
+        if isinstance(module, SubnetView):
+            key = linear.key
+            units.setdefault(id(linear.owner), (linear.owner, {}))[1][key] = module
+        else:
+            swaps.append((linear, module))
+    return swaps + [(layer, stand_in(layer, held)) for layer, held in units.values()]
+
+
+def replace(model: nn.Module, swaps: Sequence[Swap]) -> None:
     """Put modules in the place of others, wherever they stand (a shared module stands in several)."""
+    new = {id(a): b for a, b in swaps}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in new:
                 setattr(parent, name, new[id(child)])
+
+
+def restore(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Undo ``replace``: the layers are back, with the parameters that their stand-ins have now."""
+    for layer, module in swaps:
+        for name in layer._parameters:
+            layer._parameters[name] = module._parameters.get(name)  # None is not among them
+        layer.train(module.training)
+    replace(model, [(b, a) for a, b in swaps])

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from .base import Block
 from .entries import FORMS, bounds, check_entries, decode, encode
+from .kinds import find_linear
 from .linear import SubnetLinear
+from .views import AnyLinear
 
 FORMAT = "losia-pro-delta"
 VERSION = "1"
@@ -123,7 +125,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                     linear.touched.add_bias(linear.bias)
             for at, values in entries:
                 weight[at] = values
-            if bias is not None:
+            if bias is not None and linear.bias is not None:
                 linear.bias.copy_(bias)
             if isinstance(linear, SubnetLinear):
                 linear.adopt_weight()
@@ -132,7 +134,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 def targets(
     model: nn.Module, header: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, nn.Linear]:
+) -> dict[str, AnyLinear]:
     """The linears of ``model`` that a delta is for, by name.
 
     Raises:
@@ -151,7 +153,7 @@ def targets(
 
 
 def check(
-    linears: Mapping[str, nn.Linear], forms: Mapping[str, str], tensors: Mapping[str, Tensor]
+    linears: Mapping[str, AnyLinear], forms: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise a ValueError unless the tensors are all there, fit the linears, and no others are there."""
     known: set[str] = set()
@@ -172,12 +174,9 @@ def modules_of(header: Mapping[str, str]) -> dict[str, str]:
     return forms
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
+def _linear(model: nn.Module, name: str) -> AnyLinear:
+    linear = find_linear(model, name)
+    if linear is None:
         raise ValueError(f"the delta is for a model with the linear {name}, which this one lacks")
     if isinstance(linear, SubnetLinear):
         linear.touched.refuse_base()

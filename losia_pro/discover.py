@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import LosiaConfig, subnet_size
+from .kinds import join, linears_of, refuse
 from .linear import SubnetLinear
+from .views import AnyLinear, View
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,38 +23,46 @@ class Targets:
     """Names of the linears to adapt: one list a group, and the trained output head, if any.
 
     ``groups`` are the schedule's slots in order: the repeated blocks, then linears outside of them, each
-    on its own. A trained head is the last group.
+    on its own. A trained head is the last group. ``linears`` has each by name, in that order.
     """
 
     groups: list[list[str]]
     head: str | None
+    linears: dict[str, AnyLinear]
 
 
 def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     """Find the linears that ``config`` asks for.
 
     Repeated blocks are the children of an outermost ``ModuleList`` or ``Sequential`` of which two or more
-    have the same class and hold linears. Only modules of the exact type ``nn.Linear`` count: a subclass
-    may read its weight in ways that a replacement would not see.
+    have the same class and hold linears (see ``kinds.linears_of``). Left alone unless they are named: the
+    output head, and linears of a block with one output, which are gates.
 
     Raises:
         ValueError: nothing found, a pattern that matches nothing, an attached model, no output head, a
-            model that is a linear itself.
+            model that is a linear itself, one with adapters or quantized weights.
     """
     if any(isinstance(m, SubnetLinear) for m in model.modules()):
         raise ValueError("the model is attached already; call detach() on its Losia first")
-    if isinstance(model, nn.Linear):
+    refuse(model)
+    _refuse_quantized(model)
+    if isinstance(model, nn.Linear) or linears_of(model):
         raise ValueError(
             "the model is itself a linear, which cannot be swapped in place; use "
             "SubnetLinear.from_linear, or put it into an nn.Sequential"
         )
-    linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+    found = {
+        join(path, key): linear
+        for path, module in model.named_modules()
+        for key, linear in linears_of(module).items()
+    }
+    linears = list(found)
     if not linears:
         raise ValueError(f"{type(model).__name__} holds no nn.Linear to adapt")
     blocks = repeated_blocks(model)
     head = _output_head(model, linears, blocks)
 
-    chosen = _match(model, linears, blocks, head, config)
+    chosen = _match(model, found, blocks, head, config)
     trained_head = None
     if config.output_factor > 0:
         if head is None:
@@ -76,7 +87,7 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
             f"{type(model).__name__} holds no nn.Linear besides its output head {head}; train that with "
             "output_factor"
         )
-    return Targets(groups, trained_head)
+    return Targets(groups, trained_head, {n: found[n] for group in groups for n in group})
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
@@ -90,7 +101,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
         with_linears = {
             child_name: child
             for child_name, child in container.named_children()
-            if any(type(m) is nn.Linear for m in child.modules() if m is not child)
+            if any(linears_of(m) for m in child.modules() if m is not child)
         }
         kinds = Counter(type(child) for child in with_linears.values())
         if kinds and max(kinds.values()) >= 2:
@@ -114,43 +125,56 @@ def _output_head(model: nn.Module, linears: list[str], blocks: list[str]) -> str
 
 def _match(
     model: nn.Module,
-    linears: list[str],
+    linears: dict[str, AnyLinear],
     blocks: list[str],
     head: str | None,
     config: LosiaConfig,
 ) -> list[str]:
     patterns = config.target_modules
-    if patterns is None:
-        inside = [n for n in linears if any(n.startswith(b + ".") for b in blocks)]
-        return inside if blocks else [n for n in linears if n != head]
-    if patterns == "all-linear":
-        return [n for n in linears if n != head]
-    # A shared module has several names, all of which may be asked for; it goes by its first.
+    if patterns in (None, "all-linear"):
+        inside = {n for n in linears if any(n.startswith(b + ".") for b in blocks)}
+        gates = {n for n in inside if linears[n].out_features == 1}
+        wanted = inside if patterns is None and blocks else linears.keys() - {head}
+        return [n for n in linears if n in wanted - gates]
     modules = dict(model.named_modules(remove_duplicate=False))
-    first = {id(m): n for n, m in reversed(modules.items())}
+    named = _names(modules)
     if isinstance(patterns, str):
         try:
-            matched = {patterns: [n for n in modules if re.fullmatch(patterns, n)]}
+            matched = {patterns: [n for n in named if re.fullmatch(patterns, n)]}
         except re.error as error:
             raise ValueError(
                 f"target_modules: {patterns!r} is not a regular expression ({error}); names go into a list"
             ) from error
     else:
-        matched = {p: [n for n in modules if n == p or n.endswith("." + p)] for p in patterns}
+        matched = {p: [n for n in named if n == p or n.endswith("." + p)] for p in patterns}
     for pattern, names in matched.items():
-        if not any(first[id(modules[n])] in linears for n in names):
+        if not any(named[n] for n in names):
             found = sorted({type(modules[n]).__name__ for n in names})
             raise ValueError(
                 f"target_modules: {pattern!r} matches "
                 + (f"no nn.Linear, only {', '.join(found)}" if found else "no module")
-                + f"; linears are e.g. {', '.join(linears[:8])}"
+                + f"; linears are e.g. {', '.join(list(linears)[:8])}"
             )
-    wanted = {first[id(modules[n])] for names in matched.values() for n in names}
+    wanted = {linear for names in matched.values() for n in names for linear in named[n]}
     return [n for n in linears if n in wanted]
 
 
+def _names(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """What a pattern may name, and the linears that are meant: modules, parameters that hold several linears,
+    and each of those. A shared module has several names; its linears go by the first."""
+    first = {id(m): n for n, m in reversed(modules.items())}
+    named: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        held = {key: join(first[id(module)], key) for key in linears_of(module)}
+        named[name] = list(held.values())
+        for key in filter(None, held):
+            for part in (key, key.rpartition(".")[0]):
+                named.setdefault(join(name, part), []).append(held[key])
+    return named
+
+
 def subnet_sizes(
-    linears: dict[str, nn.Module], head: str | None, config: LosiaConfig
+    linears: dict[str, AnyLinear], head: str | None, config: LosiaConfig
 ) -> dict[str, tuple[int, int]]:
     """``(n_out, n_in)`` of each target; the head keeps all its inputs.
 
@@ -159,7 +183,6 @@ def subnet_sizes(
     """
     sizes = {}
     for name, linear in linears.items():
-        assert isinstance(linear, nn.Linear)
         if name == head:
             n_out = subnet_size(linear.out_features, config.output_factor, config.neuron_group)
             n_in = linear.in_features
@@ -178,32 +201,53 @@ def subnet_sizes(
     return sizes
 
 
-def check_weights(linears: dict[str, nn.Module], subnet_dtype: str | None = None) -> None:
-    """Raise a ValueError, by name, for a weight that cannot be tuned in place, or not in this dtype."""
-    owners: dict[int, str] = {}
+def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
+    """Raise a ValueError, by name, for a weight that cannot be tuned in place, or not so."""
+    owners: dict[tuple[int, int | None], str] = {}
     for name, linear in linears.items():
-        weight = linear.weight
-        if not isinstance(weight, nn.Parameter):
+        stored = linear.stored if isinstance(linear, View) else linear.weight
+        index = linear.index if isinstance(linear, View) else None
+        if not isinstance(stored, nn.Parameter):
             raise ValueError(
                 f"{name} computes its weight from other parameters (weight_norm, pruning); make it a plain "
                 "one, or leave the layer out with target_modules"
             )
-        if weight.is_meta:
+        if stored.is_meta:
             raise ValueError(
                 f"{name} is on the meta device; load the model's weights before attach()"
             )
-        if weight.dtype not in DTYPES:
+        if stored.dtype not in DTYPES:
             raise ValueError(
-                f"{name} has {weight.dtype} weights; only those of fp16, bf16, fp32 or fp64 can be tuned"
+                f"{name} has {stored.dtype} weights; only those of fp16, bf16, fp32 or fp64 can be tuned"
             )
-        if subnet_dtype == "bfloat16" != str(weight.dtype).removeprefix("torch."):
+        if config.subnet_dtype == "bfloat16" != str(stored.dtype).removeprefix("torch."):
             raise ValueError(
-                f'subnet_dtype="bfloat16" is for bf16 weights, and {name} has {weight.dtype}: what its entries hold '
+                f'subnet_dtype="bfloat16" is for bf16 weights, and {name} has {stored.dtype}: what its entries hold '
                 "would be lost; leave subnet_dtype out, or load the model in bf16"
             )
-        if id(weight) in owners:
+        if (id(stored), index) in owners:
             raise ValueError(
-                f"{name} and {owners[id(weight)]} share one weight; two subnets in it would overwrite "
+                f"{name} and {owners[id(stored), index]} share one weight; two subnets in it would overwrite "
                 "each other: leave one out with target_modules"
             )
-        owners[id(weight)] = name
+        if config.train_bias and index is not None and linear.bias is not None:
+            raise ValueError(
+                f"train_bias=True: the bias of {name} is part of a parameter of many, which is not trained; "
+                "use train_bias=False, or leave it out with target_modules"
+            )
+        owners[id(stored), index] = name
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Raise a ValueError, by name, for a linear whose weight is stored in a form that entries cannot be written
+    to: integers, or a tensor subclass that packs them."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is None:
+            continue
+        packed = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")
+        if packed or not weight.is_floating_point():
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has quantized weights ({type(weight).__name__}, "
+                f"{weight.dtype}), which cannot be tuned in place; load the model unquantized, in bf16 say"
+            )

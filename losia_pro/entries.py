@@ -11,11 +11,15 @@ In the smaller of two forms, with absolute values in the weight's dtype:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .base import Block
+
+if TYPE_CHECKING:
+    from .views import AnyLinear
 
 FORMS = ("blocks", "bitmap")
 
@@ -48,7 +52,7 @@ def _unpack(packed: Tensor) -> Tensor:
 
 
 def check_entries(
-    linear: nn.Linear, form: str, name: str, tensors: Mapping[str, Tensor]
+    linear: AnyLinear, form: str, name: str, tensors: Mapping[str, Tensor]
 ) -> set[str]:
     """The names of one module's tensors; a ValueError if one is missing or does not fit the module."""
     known: set[str] = set()

@@ -34,6 +34,7 @@ def find_shared_inputs(
         )
     device = next(model.parameters()).device
     readers: dict[tuple[int, int], list[str]] = {}
+    layers: dict[str, nn.Module] = dict(model.named_modules())
     kept: list[Tensor] = []  # so that no two inputs have the same id
 
     def watch(group: int, name: str) -> RemovableHandle:
@@ -41,10 +42,13 @@ def find_shared_inputs(
             kept.append(args[0])
             readers.setdefault((group, id(args[0])), []).append(name)
 
-        return model.get_submodule(name).register_forward_pre_hook(hook)
+        return layers[name].register_forward_pre_hook(hook)
 
     handles = [
-        watch(i, n) for i, group in enumerate(targets.groups) for n in group if n != targets.head
+        watch(i, n)
+        for i, group in enumerate(targets.groups)
+        for n in group
+        if n != targets.head and n in layers
     ]
     modes = {m: m.training for m in model.modules()}
     model.eval()

@@ -90,9 +90,7 @@ class SubnetLinear(nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.__dict__.update({k: v for k, v in linear.__dict__.items() if "_hook" in k})
-        self.train(linear.training)
+        self._adopt(linear)
         self._make_subnet(
             *_sizes(linear, rank_factor, n_out, n_in),
             generator,
@@ -104,6 +102,12 @@ class SubnetLinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
         return self
+
+    def _adopt(self, linear: nn.Linear) -> None:
+        """Take over weight, bias, hooks and mode of the linear whose place this one takes."""
+        self.weight, self.bias = linear.weight, linear.bias
+        self.__dict__.update({k: v for k, v in linear.__dict__.items() if "_hook" in k})
+        self.train(linear.training)
 
     def _make_subnet(
         self,
@@ -159,10 +163,16 @@ class SubnetLinear(nn.Linear):
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         self.touched.refuse_base()
+        weight, bias = self._dense()
         return checked(
-            input, own["weight"], own["subnet"], indices["out_idx"], indices["in_idx"], own.get("bias"),
+            input, weight, own["subnet"], indices["out_idx"], indices["in_idx"], bias,
             self.impl, self.mode, self.profile, self.groups, self.shared,
         )  # fmt: skip
+
+    def _dense(self) -> tuple[Tensor, Tensor | None]:
+        """``weight`` and ``bias``."""
+        own: dict[str, Any] = self._parameters
+        return own["weight"], own.get("bias")
 
     def select(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet to other entries: their values come from the dense weight, except that entries
@@ -222,7 +232,7 @@ class SubnetLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._guard = RecomputeGuard()  # a copy has no forward yet
-        self.mark_written()
+        self._written = self._weight_then = 0  # its tensors are new
 
     def extra_repr(self) -> str:
         n_out, n_in = self.subnet.shape

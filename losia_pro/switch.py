@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import delta
 from .entries import decode
+from .kinds import find_linear
 from .linear import SubnetLinear
 
 
@@ -87,13 +88,14 @@ class Delta:
         """Every tensor that is written, where in it, and the delta's values."""
         parts: list[tuple[Tensor, Any, Tensor]] = []
         for name in delta.modules_of(self.header):
-            linear = model.get_submodule(name)
+            linear = find_linear(model, name)
             if isinstance(linear, SubnetLinear):
                 raise ValueError(  # noqa: TRY004
                     f"{self.path}: the model is attached for training, which load_delta is for; detach() it"
                 )
-            assert isinstance(linear, nn.Linear)
+            assert linear is not None
             parts += [(linear.weight, *e) for e in decode(linear.weight, name, self._tensors)]
-            if (bias := self._tensors.get(f"{name}.bias")) is not None:
+            bias = self._tensors.get(f"{name}.bias")
+            if bias is not None and linear.bias is not None:
                 parts.append((linear.bias, ..., bias.to(linear.bias.device)))
         return parts

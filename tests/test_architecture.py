@@ -41,6 +41,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("functional", "optim"),
     ("profile",),
     ("linear",),
+    ("views",),
+    ("kinds",),
     ("convert", "delta", "discover"),
     ("distributed", "inputs", "reselect", "switch"),
     ("calibrate", "checkpoint"),

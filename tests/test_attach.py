@@ -113,7 +113,7 @@ NO_WEIGHT = {
     "one on meta": (with_changed(lambda m: m.to("meta")), {}, "layers.1.down is on the meta device"),
     "shared weight": (tied_within_blocks, {}, "layers.2.up and layers.0.up share one weight"),
     "fp8": (in_dtype(torch.float8_e4m3fn), {}, "layers.1.up has torch.float8_e4m3fn weights; only those of"),
-    "int8": (in_dtype(torch.int8), {}, "layers.1.up has torch.int8 weights"),
+    "int8": (in_dtype(torch.int8), {}, r"layers.1.up \(Linear\) has quantized weights \(Parameter, torch.int8\)"),
     "weight norm": (with_changed(weight_norm), {}, "layers.1.down computes its weight from other parameters"),
     "attached": (lambda: losia_pro.attach(toys.stack()).model, {}, "the model is attached already; call detach"),
     "attached inside": (attached_inside, {}, "the model is attached already; call detach"),

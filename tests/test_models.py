@@ -11,6 +11,7 @@ from torch import nn
 
 import losia_pro
 from losia_pro import LosiaConfig, SubnetLinear
+from losia_pro.kinds import find_linear
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +40,21 @@ MODELS = {
     "GPTNeoX": (
         SIZES, "gpt_neox.layers",
         ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    ),
+}  # fmt: skip
+EXPERTS = [f"mlp.experts.{x}_proj.{e}" for x in ("gate_up", "down") for e in range(3)]
+MIXED = {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}
+MODELS |= {
+    "GPT2": (SIZES, "transformer.h", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    "Mixtral": (MIXED, "model.layers", ATTENTION + EXPERTS),
+    "Qwen2Moe": (
+        {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
+        "model.layers", ATTENTION + EXPERTS + [f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")],
+    ),
+    "GptOss": (
+        {**MIXED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "model.layers",
+        ATTENTION + EXPERTS,
     ),
 }  # fmt: skip
 MODELS["Llama, tied"] = ({**GROUPED, "tie_word_embeddings": True}, *MODELS["Llama"][1:])
@@ -79,6 +95,14 @@ def next_token_loss(model, step):
     return model(input_ids=batch, labels=batch).loss
 
 
+def same_logits(name: str, attached: torch.Tensor, plain: torch.Tensor) -> None:
+    """Bit for bit; but biased experts add the bias within the product, which rounds once less."""
+    if name == "GptOss":
+        torch.testing.assert_close(attached, plain)
+    else:
+        assert torch.equal(attached, plain)
+
+
 def structure(model: nn.Module) -> dict[str, object]:
     whole = toys.snapshot(model)
     return {k: whole[k] for k in ("types", "identity", "parameters", "requires_grad", "hooks")}
@@ -96,15 +120,15 @@ def test_a_language_model_trains_and_loads_back_as_a_plain_model(name, tmp_path)
     losia = losia_pro.attach(model, config)
     blocks = [[f"{where}.{i}.{n}" for n in linears] for i in range(LAYERS)]
     assert losia.groups == [*blocks, [head_name]]
-    assert {type(m) for m in losia.modules.values()} == {SubnetLinear}
+    assert all(isinstance(m, SubnetLinear) for m in losia.modules.values())
     assert list(model.state_dict()) == keys
-    assert torch.equal(logits(model), logits(base))
+    same_logits(name, logits(model), logits(base))
 
     losses = train(model, losia, next_token_loss, steps=2 * (LAYERS + 1) + 1)
     assert [r.name for r in losia.history] == [n for group in losia.groups for n in group]
     assert losses[-1] < losses[0]
     for n, m in losia.modules.items():
-        assert not torch.equal(m.weight, base.get_submodule(n).weight), n
+        assert not torch.equal(m.weight, find_linear(base, n).weight), n
     tied = model.config.tie_word_embeddings
     embedding, old = model.get_input_embeddings().weight, base.get_input_embeddings().weight
     assert tied == (embedding is model.get_output_embeddings().weight)
@@ -114,7 +138,9 @@ def test_a_language_model_trains_and_loads_back_as_a_plain_model(name, tmp_path)
     tuned = logits(model)
     assert losia.detach() is model
     assert structure(model) == before and list(model.state_dict()) == keys
-    assert torch.equal(logits(model), tuned) and not torch.equal(tuned, logits(base))
+    same_logits(name, logits(model), tuned)
+    tuned = logits(model)
+    assert (tuned - logits(base)).abs().max() > 1e-2
 
     model.save_pretrained(tmp_path / "merged")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -149,8 +149,7 @@ def check_targets(model: Any, options: argparse.Namespace) -> None:
             config = losia_config("losia" if method == "losia" else "losia-pro", options)
             targets = find_targets(model, config)
             if method != "lora":
-                linears = {n: model.get_submodule(n) for group in targets.groups for n in group}
-                subnet_sizes(linears, targets.head, config)
+                subnet_sizes(targets.linears, targets.head, config)
     except ValueError as error:
         raise CliError(str(error)) from error
 

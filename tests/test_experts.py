@@ -1,0 +1,251 @@
+"""Mixtures of experts whose weights are stacked in one parameter: a subnet in each expert, and idle experts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+import losia_pro
+from losia_pro import LosiaConfig, reference
+from losia_pro.kinds import find_linear, stand_in, views_of
+from losia_pro.views import SubnetView
+
+transformers = pytest.importorskip("transformers")
+mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+nemotron_h = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+
+EXPERTS, HIDDEN, WIDE = 5, 16, 24
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_local_experts": EXPERTS}
+
+
+def mixtral_experts():
+    return mixtral.MixtralExperts(transformers.MixtralConfig(**SIZES))
+
+
+def gpt_oss_experts():
+    """Biased, stored transposed, gate and up interleaved."""
+    return gpt_oss.GptOssExperts(transformers.GptOssConfig(**SIZES))
+
+
+def nemotron_experts():
+    """Without a gate."""
+    config = transformers.NemotronHConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDE, n_routed_experts=EXPERTS
+    )
+    return nemotron_h.NemotronHExperts(config)
+
+
+KINDS = {"gated": mixtral_experts, "biased": gpt_oss_experts, "no gate": nemotron_experts}
+kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+def experts_of(make, dtype=torch.float64):
+    layer = make().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=dtype) / 4)
+    return layer
+
+
+class Mixture(nn.Module):
+    """A layer of experts behind a fixed routing that leaves expert ``idle`` alone."""
+
+    def __init__(self, experts: nn.Module, idle: int = 1, tokens: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": experts})])
+        generator = torch.Generator().manual_seed(1)
+        used = torch.tensor([e for e in range(EXPERTS) if e != idle])
+        rows = [used[torch.randperm(len(used), generator=generator)[:2]] for _ in range(tokens)]
+        self.chosen = torch.stack(rows)
+        self.shares = torch.rand(tokens, 2, generator=generator, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layers[0]["experts"](x, self.chosen, self.shares.to(x.dtype))
+
+
+X = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def loss_of(model):
+    return model(X).square().mean()
+
+
+@kinds
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_with_subnets_compute_what_each_implementation_of_the_plain_ones_does(
+    make, implementation
+):
+    layer = experts_of(make, torch.float32)
+    layer.config._experts_implementation = implementation
+    model, x = Mixture(layer), X.float()
+    y = model(x)
+    made = {k: SubnetView.from_linear(v) for k, v in views_of(layer).items()}
+    model.layers[0]["experts"] = stand_in(layer, made)
+    torch.testing.assert_close(model(x), y)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y)
+
+
+def dense_grads(plain, names):
+    """Each expert's full gradient and weight, ``(out, in)``, from a plain backward."""
+    plain.zero_grad()
+    loss_of(plain).backward()
+    found = {}
+    for name in names:
+        view = find_linear(plain, name)
+        grad = view.stored.grad[view.index]
+        found[name] = grad.t() if view.transposed else grad, view.weight.detach()
+    return found
+
+
+@kinds
+def test_each_experts_gradient_is_its_part_of_the_full_one_and_zero_if_it_was_idle(make):
+    plain = Mixture(experts_of(make))
+    model = copy.deepcopy(plain)
+    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4))
+    loss_of(model).backward()
+    assert len(losia.modules) == 2 * EXPERTS
+    for name, (grad, _) in dense_grads(plain, losia.modules).items():
+        m = losia.modules[name]
+        expected = grad[m.out_idx][:, m.in_idx]
+        torch.testing.assert_close(m.subnet.grad, expected, rtol=1e-10, atol=1e-14)
+        assert bool(m.subnet.grad.any()) == (not name.endswith(".1")), name
+
+
+@kinds
+def test_each_expert_moves_by_its_own_importance_and_an_idle_one_stays(make):
+    plain = Mixture(experts_of(make))
+    model = copy.deepcopy(plain)
+    config = LosiaConfig(rank_factor=1 / 4, period=2, schedule="sync")
+    losia = losia_pro.attach(model, config)
+    optimizer = torch.optim.SGD(losia.parameters(), lr=0.0)
+    losia.bind(optimizer)
+    before = toys.indices(losia)
+
+    loss_of(model).backward()
+    optimizer.step()
+    for name, (grad, weight) in dense_grads(plain, losia.modules).items():
+        expected = (1 - config.beta1) * reference.importance(grad, weight)
+        found = losia.modules[name].profile.importance
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
+
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
+    assert len(losia.history) == 2 * EXPERTS
+    for r in losia.history:
+        idle = r.name.endswith(".1")
+        assert (toys.indices(losia)[r.name] == before[r.name]) == idle, r.name
+        assert (r.score_kept == 0) == idle
+
+
+TARGETS = {
+    "the layer": (["experts"], 2 * EXPERTS),
+    "one of its parameters": (["down_proj"], EXPERTS),
+    "one expert": (["experts.down_proj.3"], 1),
+    "an expression": (r".*up_proj\.[02]", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("patterns", "number"), TARGETS.values(), ids=TARGETS)
+def test_experts_can_be_targeted_together_or_one_by_one(patterns, number):
+    plain = Mixture(experts_of(mixtral_experts))
+    model = copy.deepcopy(plain)
+    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, target_modules=patterns))
+    assert len(losia.modules) == number
+    torch.testing.assert_close(model(X), plain(X), rtol=1e-12, atol=1e-14)
+
+
+def test_biases_of_experts_are_not_trained_and_say_so():
+    model = Mixture(experts_of(gpt_oss_experts))
+    before = toys.snapshot(model)
+    with pytest.raises(
+        ValueError, match="train_bias=True: the bias of layers.0.experts.gate_up_proj.0"
+    ):
+        losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, train_bias=True))
+    toys.assert_same(before, toys.snapshot(model))
+
+
+def trained(model, steps=5, **settings):
+    config = LosiaConfig(**{"rank_factor": 1 / 4, "period": 1, **settings})
+    losia = losia_pro.attach(model, config)
+    optimizer = torch.optim.AdamW(losia.parameters(), lr=1e-2)
+    losia.bind(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(losia.model).backward()
+        optimizer.step()
+    return losia, optimizer
+
+
+@kinds
+def test_base_values_deltas_and_detaching_are_exact(make, tmp_path):
+    plain = Mixture(experts_of(make))
+    losia, _ = trained(copy.deepcopy(plain))
+    tuned = copy.deepcopy(losia.model.state_dict())
+    assert tuned.keys() == plain.state_dict().keys()
+    with losia.base():
+        toys.equal_bits(losia.model.state_dict(), plain.state_dict())
+    toys.equal_bits(losia.model.state_dict(), tuned)
+    losia.save_delta(tmp_path / "delta")
+
+    delta = losia_pro.Delta(tmp_path / "delta")
+    toys.equal_bits(delta.apply(copy.deepcopy(plain)).state_dict(), tuned)
+    again = losia_pro.attach(copy.deepcopy(plain), LosiaConfig(rank_factor=1 / 4))
+    losia_pro.load_delta(again.model, tmp_path / "delta")
+    toys.equal_bits(again.model.state_dict(), tuned)
+    again.save_delta(tmp_path / "again")
+    toys.equal_bits(losia_pro.load_delta(plain, tmp_path / "again").state_dict(), tuned)
+    toys.equal_bits(losia.detach().state_dict(), tuned)
+    assert type(losia.model.layers[0]["experts"]) is type(plain.layers[0]["experts"])
+
+
+def test_resume_is_bitwise_equal():
+    plain = Mixture(experts_of(gpt_oss_experts))
+    losia, optimizer = trained(copy.deepcopy(plain))
+    states = [copy.deepcopy(x.state_dict()) for x in (losia.model, losia, optimizer)]
+    other, optimizer_2 = trained(copy.deepcopy(plain), steps=0)
+    for x, state in zip((other.model, other, optimizer_2), states, strict=True):
+        x.load_state_dict(state)
+    for run, opt in ((losia, optimizer), (other, optimizer_2)):
+        for _ in range(3):
+            opt.zero_grad()
+            loss_of(run.model).backward()
+            opt.step()
+    toys.equal_bits(other.model.state_dict(), losia.model.state_dict())
+    toys.equal_bits(other.state_dict()["modules"], losia.state_dict()["modules"])
+
+
+def test_converting_the_layers_dtype_leaves_the_subnets_as_they_were():
+    """And each expert goes on writing into the parameter that there is then."""
+    losia, _ = trained(Mixture(experts_of(mixtral_experts, torch.float32)), steps=0, period=None)
+    before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
+    losia.model.to(torch.bfloat16)
+    for n, m in losia.modules.items():
+        assert m.weight.dtype == torch.bfloat16 and torch.equal(m.subnet, before[n])
+        with torch.no_grad():
+            m.subnet.fill_(3.0)
+    losia.write_back()
+    layer = losia.detach().layers[0]["experts"]
+    for p in layer.parameters():
+        assert p.dtype == torch.bfloat16 and bool((p == 3).flatten(1).any(1).all())
+
+
+def test_a_copy_of_an_attached_model_trains_by_itself():
+    losia, _ = trained(Mixture(experts_of(mixtral_experts)))
+    twin = copy.deepcopy(losia)
+    state = copy.deepcopy(losia.model.state_dict())
+    for m in twin.modules.values():
+        with torch.no_grad():
+            m.subnet.add_(1.0)
+    twin.write_back()
+    toys.equal_bits(losia.model.state_dict(), state)
+    y = twin.model(X)
+    assert not torch.equal(y, losia.model(X))
+    torch.testing.assert_close(twin.detach()(X), y, rtol=1e-12, atol=1e-14)
