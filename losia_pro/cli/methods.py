@@ -98,16 +98,20 @@ def _lora(model: Any, options: argparse.Namespace) -> Tuned:
 
     # The same linears as LoSiA's: all in the repeated blocks, or those that the flag names.
     chosen = find_targets(model, losia_pro.LosiaConfig(target_modules=options.target_modules))
+    modules = dict(model.named_modules())
+    stacks = dict.fromkeys(n.rpartition(".")[0] for n in chosen.linears if n not in modules)
     rank = options.lora_rank or max(1, model.get_input_embeddings().embedding_dim // 64)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=options.lora_alpha or 2 * rank,
         lora_dropout=0.0,
-        target_modules=[name for group in chosen.groups for name in group],
+        target_modules=[n for n in chosen.linears if n in modules],
+        target_parameters=[*stacks] or None,
     )
     with warnings.catch_warnings():  # PEFT asks transformers for a name that has since changed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # and set
         adapted = get_peft_model(model, config)
     return Tuned(
         adapted,
