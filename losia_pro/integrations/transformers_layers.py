@@ -40,14 +40,14 @@ def stand_in(layer: nn.Module, units: Mapping[str, SubnetView]) -> nn.Module:
 
 def why_not(model: nn.Module) -> str:
     """See ``losia_pro.kinds``."""
-    if getattr(model, "is_quantized", False):
-        config = getattr(model.config, "quantization_config", None)
-        method = getattr(config, "quant_method", "")
-        return (
-            f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}), so its weights cannot be "
-            "tuned in place; load it without quantization_config, in bf16 say"
-        )
     for name, module in model.named_modules():
+        if getattr(module, "is_quantized", False):
+            config: Any = getattr(module, "config", None)
+            method = getattr(getattr(config, "quantization_config", None), "quant_method", "")
+            return (
+                f"{type(module).__name__} is quantized ({getattr(method, 'value', method)}), so its weights cannot "
+                "be tuned in place; load it without quantization_config, in bf16 say"
+            )
         if getattr(module, "_is_expert_parallel", False):
             return f"{name} holds a part of the experts (expert parallel), which is not supported"
     return ""
