@@ -23,7 +23,8 @@ class LosiaConfig:
             leaves it frozen.
         target_modules: names or suffixes of linears, or one string taken as a regular expression over the
             whole name ("all-linear": every linear but the output head), as PEFT reads them. None: every
-            ``nn.Linear`` inside the repeated blocks.
+            linear inside the repeated blocks. An expert's is ``experts.down_proj.3``; ``down_proj`` and
+            ``experts`` name those of all experts.
         mode: "pro" computes the subnet's gradient alone; "dense" is plain LoSiA, which forms the full
             gradient and slices it (for ablations).
         init: first subnets "random" (the paper) or "calibrate": chosen by importance from the batches
@@ -40,7 +41,8 @@ class LosiaConfig:
         subnet_dtype: None keeps subnets in fp32 (fp64 for fp64 weights). "bfloat16", for bf16 weights: subnets,
             their gradients and so an optimizer's moments take half the memory, and updates need an optimizer
             that rounds them stochastically: ``losia_pro.optim.AdamW``.
-        train_bias: also train the biases of the targeted linears, in full and in their own dtype.
+        train_bias: also train the biases of the targeted linears, in full and in their own dtype; not those
+            of experts.
         impl: "torch", "triton", "cuda", or None for the best available on each device.
         seed: of the random first subnets; the same on every rank and device.
 

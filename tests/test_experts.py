@@ -7,73 +7,23 @@ import copy
 import pytest
 import torch
 import toys
-from torch import nn
+from mixtures import (
+    EXPERTS,
+    KINDS,
+    Mixture,
+    X,
+    experts_of,
+    gpt_oss_experts,
+    loss_of,
+    mixtral_experts,
+)
 
 import losia_pro
 from losia_pro import LosiaConfig, reference
 from losia_pro.kinds import find_linear, stand_in, views_of
 from losia_pro.views import SubnetView
 
-transformers = pytest.importorskip("transformers")
-mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
-nemotron_h = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
-
-EXPERTS, HIDDEN, WIDE = 5, 16, 24
-SIZES = {"hidden_size": HIDDEN, "intermediate_size": WIDE, "num_local_experts": EXPERTS}
-
-
-def mixtral_experts():
-    return mixtral.MixtralExperts(transformers.MixtralConfig(**SIZES))
-
-
-def gpt_oss_experts():
-    """Biased, stored transposed, gate and up interleaved."""
-    return gpt_oss.GptOssExperts(transformers.GptOssConfig(**SIZES))
-
-
-def nemotron_experts():
-    """Without a gate."""
-    config = transformers.NemotronHConfig(
-        hidden_size=HIDDEN, moe_intermediate_size=WIDE, n_routed_experts=EXPERTS
-    )
-    return nemotron_h.NemotronHExperts(config)
-
-
-KINDS = {"gated": mixtral_experts, "biased": gpt_oss_experts, "no gate": nemotron_experts}
 kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-
-
-def experts_of(make, dtype=torch.float64):
-    layer = make().to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=dtype) / 4)
-    return layer
-
-
-class Mixture(nn.Module):
-    """A layer of experts behind a fixed routing that leaves expert ``idle`` alone."""
-
-    def __init__(self, experts: nn.Module, idle: int = 1, tokens: int = 12) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"experts": experts})])
-        generator = torch.Generator().manual_seed(1)
-        used = torch.tensor([e for e in range(EXPERTS) if e != idle])
-        rows = [used[torch.randperm(len(used), generator=generator)[:2]] for _ in range(tokens)]
-        self.chosen = torch.stack(rows)
-        self.shares = torch.rand(tokens, 2, generator=generator, dtype=torch.float64)
-
-    def forward(self, x):
-        return self.layers[0]["experts"](x, self.chosen, self.shares.to(x.dtype))
-
-
-X = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def loss_of(model):
-    return model(X).square().mean()
 
 
 @kinds

@@ -7,12 +7,11 @@ import copy
 import pytest
 import torch
 import toys
+from mixtures import Conv1D, transposed
 from torch import nn
 
 import losia_pro
 from losia_pro import LosiaConfig
-
-Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 
 def pair(dtype=torch.float64):
@@ -20,15 +19,7 @@ def pair(dtype=torch.float64):
     model = toys.stack(dtype)
     for block in model.layers:
         block.down.register_parameter("bias", nn.Parameter(torch.zeros(toys.IN, dtype=dtype)))
-    other = copy.deepcopy(model)
-    for block in other.layers:
-        for name, linear in list(block.named_children()):
-            layer = Conv1D(linear.out_features, linear.in_features).to(dtype)
-            with torch.no_grad():
-                layer.weight.copy_(linear.weight.t())
-                layer.bias.copy_(linear.bias)
-            setattr(block, name, layer)
-    return model, other
+    return model, transposed(copy.deepcopy(model))
 
 
 def state_of(model, transposed):
@@ -58,10 +49,10 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_training_over_moves_is_that_of_linears_stored_as_they_are(settings):
     plain, other = pair()
-    losia, transposed = trained(plain, 9, **settings), trained(other, 9, **settings)
-    assert list(losia.modules) == list(transposed.modules) and transposed.groups == losia.groups
-    assert toys.indices(transposed) == toys.indices(losia)
-    assert len(transposed.history) == len(losia.history) >= 8
+    losia, other_losia = trained(plain, 9, **settings), trained(other, 9, **settings)
+    assert list(losia.modules) == list(other_losia.modules) and other_losia.groups == losia.groups
+    assert toys.indices(other_losia) == toys.indices(losia)
+    assert len(other_losia.history) == len(losia.history) >= 8
     found, expected = state_of(other, True), state_of(plain, False)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
