@@ -84,3 +84,26 @@ def transposed(model: nn.Module) -> nn.Module:
 
 def conv_stack(dtype=torch.float64) -> nn.Module:
     return transposed(toys.stack(dtype))
+
+
+class Routed(nn.Module):
+    """Two layers of experts of which each token chooses two by its features, and a head; on float inputs."""
+
+    def __init__(self, dtype=torch.float64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"experts": experts_of(mixtral_experts, dtype)}) for _ in range(2)
+        )
+        generator = torch.Generator().manual_seed(3)
+        self.register_buffer(
+            "route", torch.randn(HIDDEN, EXPERTS, generator=generator, dtype=dtype)
+        )
+        self.head = toys.stack(dtype).head
+        self.least = 10**6  # the fewest tokens that an expert was given in a call
+
+    def forward(self, x):
+        for layer in self.layers:
+            shares, chosen = (x @ self.route).softmax(-1).topk(2)
+            self.least = min(self.least, int(chosen.flatten().bincount(minlength=EXPERTS).min()))
+            x = x + layer["experts"](x, chosen, shares)
+        return self.head(x)

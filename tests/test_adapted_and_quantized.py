@@ -72,6 +72,17 @@ def quantized_llama():
     return nn.Sequential(model)
 
 
+def split_experts():
+    """What transformers sets where other processes hold the other experts."""
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    return model
+
+
 def with_adapter(**settings):
     def make():
         config = peft.LoraConfig(r=2, **settings)
@@ -84,6 +95,7 @@ REFUSED = {
     "tensor subclass": (packed, r"layers.1.up \(Linear\) has quantized weights \(Packed, torch.float32\)"),
     "integers": (eight_bit, r"layers.1.up \(EightBit\) has quantized weights \(Parameter, torch.int8\)"),
     "transformers": (quantized_llama, r"LlamaForCausalLM is quantized \(bitsandbytes\)"),
+    "expert parallel": (split_experts, r"layers.1.mlp.experts holds a part of the experts"),
     "lora": (
         with_adapter(target_modules=["down_proj"]),
         r"layers.0.mlp.down_proj carries a PEFT adapter \(lora.Linear\).*merge_and_unload",

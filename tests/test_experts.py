@@ -11,12 +11,15 @@ from mixtures import (
     EXPERTS,
     KINDS,
     Mixture,
+    Routed,
     X,
     experts_of,
     gpt_oss_experts,
     loss_of,
     mixtral_experts,
+    transformers,
 )
+from ranks import Run, data, launch
 
 import losia_pro
 from losia_pro import LosiaConfig, reference
@@ -199,3 +202,33 @@ def test_a_copy_of_an_attached_model_trains_by_itself():
     y = twin.model(X)
     assert not torch.equal(y, losia.model(X))
     torch.testing.assert_close(twin.detach()(X), y, rtol=1e-12, atol=1e-14)
+
+
+def mixture_by_ranks():
+    """An ordinary loop of each process over its part of the batches; some experts get nothing in some of them."""
+    model = Routed()
+    run = Run(LosiaConfig(rank_factor=1 / 4, period=3), model=model).bind().go(data())
+    return {**run.end(), "least": model.least}
+
+
+def test_ranks_train_experts_as_one_process_does_on_the_whole_batch(tmp_path):
+    alone = mixture_by_ranks()
+    ends = launch(mixture_by_ranks, 2, tmp_path)
+    assert min(end["least"] for end in ends) == 0
+    for end in ends:
+        assert end["places"] == alone["places"] and end["steps"] == alone["steps"] != []
+        torch.testing.assert_close(end["model"], alone["model"], rtol=1e-9, atol=1e-11)
+        toys.equal_bits(end["model"], ends[0]["model"])
+
+
+def test_attention_shares_its_inputs_and_experts_have_their_own():
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, share_inputs=True))
+    shared = [names for names in losia.sets if len(names) > 1]
+    attention = [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"]
+    assert shared == [[n.format(i) for n in attention] for i in range(2)]
+    assert sum("experts" in n for n in losia.modules) == 2 * 2 * 3

@@ -61,6 +61,7 @@ def test_parameters_keep_their_names_shapes_and_flags_and_hooks_run():
     _, model = pair()
     layer, calls = model.layers[0].up, []
     layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_buffer("own", torch.ones(2), persistent=False)
     state, before = copy.deepcopy(model.state_dict()), toys.snapshot(model)
     losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, train_bias=True))
     toys.equal_bits(model.state_dict(), state)
@@ -69,6 +70,7 @@ def test_parameters_keep_their_names_shapes_and_flags_and_hooks_run():
     x, _ = toys.batches(1, dtype=torch.float64)[0]
     model(x)
     assert calls == [1]
+    assert model.layers[0].up.own is layer.own
     toys.assert_same(before, toys.snapshot(losia.detach()))
     assert model.layers[0].up is layer
 

@@ -74,6 +74,29 @@ def test_a_series_that_ends_before_that_says_so():
     assert vision.best_rate((0.1, 0.2, 0.5), lambda lr: -lr) == (0.5, False)
 
 
+def test_the_readmes_table_is_the_recorded_one():
+    record = json.loads(vision.RESULT.read_text())
+
+    def say(value):
+        return f"{value['mean']:.3f} ± {value['standard_error']:.3f}"
+
+    new, old = record["base"]["new"], record["base"]["old"]["loss"]
+    rows = [
+        f"| the base model | | {say(new['loss'])} | {new['accuracy']['mean']:.1%} | {say(old)} |"
+    ]
+    for method, r in record["methods"].items():
+        accuracy = f"{r['new accuracy']['mean']:.1%}"
+        rows.append(
+            f"| {method} | {r['trainable']:,} | {say(r['new loss'])} | {accuracy} | {say(r['old loss'])} |"
+        )
+    text = (vision.RESULT.parent.parent.parent / "README.md").read_text()
+    assert "\n".join(rows) in text, "\n".join(rows)
+    arguments = record["arguments"]
+    assert f"{arguments['steps']} steps of {record['settings']['batch']} images" in text
+    assert f"over {arguments['seeds']} seeds" in text
+    assert all(c["interior"] for c in record["chosen"].values())
+
+
 def test_no_image_serves_two_purposes():
     """The test's images are never seen before, and a seed decides what the others are for."""
     one, two = vision.digits(0), vision.digits(1)

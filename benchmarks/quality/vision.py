@@ -4,7 +4,7 @@
 
 The images are scikit-learn's ``load_digits`` (1797 of 8 x 8 pixels). For each seed a transformer is pretrained on some
 of the first 1347 as they are, then tuned to others of them, turned by 90 degrees and inverted, by each method; the
-rest of them judge learning rates. The last 450, written by other people, are the test of both: *new* are the turned
+rest of them judge learning rates. The last 450 are the test, in both forms: *new* are the turned
 ones, *old* the upright ones, whose loss tells what was forgotten. Each method's learning rate is the best of a series
 on its own seeds, with worse ones on both sides. Writes every run as a line of JSON, and prints the table.
 """
