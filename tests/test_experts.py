@@ -9,7 +9,9 @@ import torch
 import toys
 from mixtures import (
     EXPERTS,
+    HIDDEN,
     KINDS,
+    WIDE,
     Mixture,
     Routed,
     X,
@@ -43,6 +45,26 @@ def test_experts_with_subnets_compute_what_each_implementation_of_the_plain_ones
     torch.testing.assert_close(model(x), y)
     with torch.no_grad():
         torch.testing.assert_close(model(x), y)
+
+
+def test_a_norm_after_each_expert_is_applied():
+    module = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    config = transformers.MuseSparkTextConfig()
+    config.moe_hidden_size, config.moe_intermediate_size = HIDDEN, WIDE
+    config.num_local_experts = EXPERTS
+    config._experts_implementation = "eager"
+    model = Mixture(experts_of(lambda: module.MuseSparkExperts(config)))
+    y = model(X)
+    losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4))
+    torch.testing.assert_close(model(X), y, rtol=1e-9, atol=1e-12)
+
+
+def test_the_output_has_the_tokens_dtype_whatever_the_shares_have():
+    plain = Mixture(experts_of(mixtral_experts, torch.bfloat16))
+    x = X.bfloat16()
+    for model in (plain, losia_pro.attach(copy.deepcopy(plain)).model):
+        y = model.layers[0]["experts"](x, model.chosen, model.shares.float())
+        assert y.dtype == torch.bfloat16
 
 
 def dense_grads(plain, names):
@@ -106,9 +128,10 @@ TARGETS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("make", [mixtral_experts, gpt_oss_experts], ids=["", "biased"])
 @pytest.mark.parametrize(("patterns", "number"), TARGETS.values(), ids=TARGETS)
-def test_experts_can_be_targeted_together_or_one_by_one(patterns, number):
-    plain = Mixture(experts_of(mixtral_experts))
+def test_experts_can_be_targeted_together_or_one_by_one(patterns, number, make):
+    plain = Mixture(experts_of(make))
     model = copy.deepcopy(plain)
     losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, target_modules=patterns))
     assert len(losia.modules) == number
@@ -176,18 +199,34 @@ def test_resume_is_bitwise_equal():
 
 
 def test_converting_the_layers_dtype_leaves_the_subnets_as_they_were():
-    """And each expert goes on writing into the parameter that there is then."""
+    """In the compact dtype, and each expert goes on writing into the parameter that there is then."""
     losia, _ = trained(Mixture(experts_of(mixtral_experts, torch.float32)), steps=0, period=None)
     before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
-    losia.model.to(torch.bfloat16)
-    for n, m in losia.modules.items():
-        assert m.weight.dtype == torch.bfloat16 and torch.equal(m.subnet, before[n])
+    for dtype, compact in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        losia.model.to(dtype)
+        for n, m in losia.modules.items():
+            assert m.weight.dtype == dtype and m.subnet.dtype == compact
+            assert torch.equal(m.subnet, before[n].to(compact))
+    for m in losia.modules.values():
         with torch.no_grad():
             m.subnet.fill_(3.0)
     losia.write_back()
     layer = losia.detach().layers[0]["experts"]
     for p in layer.parameters():
-        assert p.dtype == torch.bfloat16 and bool((p == 3).flatten(1).any(1).all())
+        assert p.dtype == torch.float64 and bool((p == 3).flatten(1).any(1).all())
+
+
+def test_detaching_keeps_parameters_and_mode_that_were_set_while_attached():
+    plain = Mixture(experts_of(mixtral_experts)).eval()
+    layer, other = plain.layers[0]["experts"], copy.deepcopy(plain)
+    state = {n: t + 1 for n, t in other.state_dict().items()}
+    losia = losia_pro.attach(plain, LosiaConfig(rank_factor=1 / 4))
+    assert not losia.model.layers[0]["experts"].training
+    losia.model.train()
+    losia.model.load_state_dict(state, assign=True)
+    model = losia.detach()
+    assert model.layers[0]["experts"] is layer and layer.training and layer.act_fn.training
+    toys.equal_bits(model.state_dict(), state)
 
 
 def test_a_copy_of_an_attached_model_trains_by_itself():
