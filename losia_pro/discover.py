@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
@@ -87,7 +88,29 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
             f"{type(model).__name__} holds no nn.Linear besides its output head {head}; train that with "
             "output_factor"
         )
+    if config.target_modules is None:
+        _warn_of_the_rest(model, blocks, [found[n] for n in chosen])
     return Targets(groups, trained_head, {n: found[n] for group in groups for n in group})
+
+
+def _warn_of_the_rest(model: nn.Module, blocks: list[str], chosen: list[AnyLinear]) -> None:
+    """Say so if most of the blocks' parameters are in layers of other kinds, mixtures that are not known say."""
+    inside = {
+        name: p
+        for name, p in model.named_parameters()
+        if any(name.startswith(b + ".") for b in blocks)
+    }
+    adapted = {id(m.stored if isinstance(m, View) else m.weight) for m in chosen}
+    rest = {name: p.numel() for name, p in inside.items() if id(p) not in adapted}
+    share = sum(rest.values()) / max(1, sum(p.numel() for p in inside.values()))
+    if share > 1 / 2:
+        largest = max(rest, key=lambda name: rest[name])
+        warnings.warn(
+            f"{share:.0%} of the parameters in {type(model).__name__}'s blocks are not linears that can be adapted, "
+            f"and stay frozen: {largest} {tuple(inside[largest].shape)} is the largest",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:

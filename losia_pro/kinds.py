@@ -63,7 +63,9 @@ def find_linear(model: nn.Module, name: str) -> AnyLinear | None:
             continue
         if not key and isinstance(module, nn.Linear):
             return module
-        held = module.units() if isinstance(module, SubnetHost) else views_of(module)
+        held: Mapping[str, AnyLinear] = (
+            module.units if isinstance(module, SubnetHost) else views_of(module)
+        )
         if key in held:
             return held[key]
     return None

@@ -125,27 +125,23 @@ class SubnetHost(nn.Module):
 
     Attributes:
         plain: the layer itself, as ``(layer,)``, not as a child; it shares all parameters and children.
-        subnets: the maps' ``SubnetView`` by the parameter they are slices of, in order.
+        units: the maps' ``SubnetView`` by name within the layer.
+        subnets: they again, as children, by the parameter that they are slices of.
     """
 
     def __init__(self, layer: nn.Module, units: Mapping[str, SubnetView]) -> None:
         super().__init__()
         take_over(self, layer)
-        self.plain = (layer,)
+        self.plain, self.units = (layer,), dict(units)
         by_parameter: dict[str, list[SubnetView]] = {}
         for unit in units.values():
             unit.view.owner = self
             by_parameter.setdefault(unit.view.name, []).append(unit)
         self.subnets = nn.ModuleDict({k: nn.ModuleList(v) for k, v in by_parameter.items()})
 
-    def units(self) -> dict[str, SubnetView]:
-        """The maps as ``<parameter>.<index>``."""
-        units = [u for stack in self.subnets.children() for u in stack.children()]
-        return {u.view.key: u for u in units if isinstance(u, SubnetView)}
-
     def _apply(self, fn: Any, recurse: bool = True) -> SubnetHost:
         super()._apply(fn, recurse)
-        for unit in self.units().values():  # children come before the parameters they are views of
+        for unit in self.units.values():  # children come before the parameters they are views of
             unit._apply(lambda t: t)
         return self
 

@@ -180,12 +180,28 @@ class Special(nn.Linear):
     """Whatever a subclass does with its weight, a replacement would not know."""
 
 
+@pytest.mark.filterwarnings("ignore:.*stay frozen")
 def test_subclasses_of_linear_are_left_alone():
     block = Holder(up=nn.Linear(8, 8), odd=Special(8, 8))
     other = Holder(up=nn.Linear(8, 8), odd=Special(8, 8))
     model = Holder(layers=stack_of(block, other))
     assert groups(model) == [["layers.0.up"], ["layers.1.up"]]
     assert type(block.odd) is Special
+
+
+@pytest.mark.parametrize("rest", [300, 500])
+def test_blocks_whose_weights_are_mostly_of_other_kinds_are_adapted_with_a_warning(rest, recwarn):
+    """A block of 16 x 24 weights twice has 768 + 24 + ``rest`` parameters and more in none of its linears."""
+    model = toys.stack(n_blocks=2)
+    for block in model.layers:
+        block.experts = nn.Parameter(torch.zeros(2, rest, 1))
+    attach(model)
+    warned = [str(w.message) for w in recwarn.list if w.category is UserWarning]
+    assert len(warned) == (rest == 500)
+    if warned:
+        assert "57% of the parameters in Stack's blocks" in warned[0]
+        assert "layers.0.experts (2, 500, 1) is the largest" in warned[0]
+        assert recwarn.list[0].filename == __file__
 
 
 SHAPES = {

@@ -81,12 +81,11 @@ class SubnetExperts(SubnetHost):
         expert_of, order = top_k_index.flatten().sort(stable=True)
         counts = expert_of.bincount(minlength=experts._parameters[second].shape[0]).tolist()
         parts = hidden_states[order // n_chosen].split(counts)
-        units = self.units()
         outputs = []
         for e, x in enumerate(parts):
-            h = self._map(units, first, e, x)
+            h = self._map(first, e, x)
             h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
-            outputs.append(self._map(units, second, e, h))
+            outputs.append(self._map(second, e, h))
         y = torch.cat(outputs)
         if getattr(experts, "has_post_expert_norm", False):
             y = experts.post_expert_norm(y)
@@ -95,9 +94,9 @@ class SubnetExperts(SubnetHost):
         back[order] = torch.arange(len(order), device=order.device)
         return weighted[back].view(n_tokens, n_chosen, -1).sum(1).to(hidden_states.dtype)
 
-    def _map(self, units: dict[str, SubnetView], name: str, e: int, x: Tensor) -> Tensor:
+    def _map(self, name: str, e: int, x: Tensor) -> Tensor:
         """One expert's projection; a plain one if it has no subnet."""
-        unit: SubnetView | None = units.get(f"{name}.{e}")
+        unit = self.units.get(f"{name}.{e}")
         if unit is not None:
             return unit(x)  # type: ignore[no-any-return]
         experts: Any = self.plain[0]
