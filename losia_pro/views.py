@@ -39,8 +39,14 @@ class View:
 
     @property
     def stored(self) -> Any:
-        """The parameter that ``weight`` is a view of."""
-        return self.owner._parameters[self.name]
+        """The parameter that ``weight`` is a view of; a TypeError if it is sharded."""
+        stored = self.owner._parameters[self.name]
+        if hasattr(stored, "device_mesh"):
+            raise TypeError(
+                f"{self.name} of {type(self.owner).__name__} is sharded, and FSDP2 takes neither experts nor linears "
+                "that are stored transposed; use DistributedDataParallel, or leave them out with target_modules"
+            )
+        return stored
 
     @property
     def weight(self) -> Tensor:

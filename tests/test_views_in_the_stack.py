@@ -139,3 +139,17 @@ def test_compiled_gives_the_same_bits_and_moves_compile_nothing_anew(name):
                 m.select(rows, columns)
             toys.equal_bits(gradients(losia, compiled, X), gradients(losia, losia.model, X))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["transposed", "gated"])
+def test_sharding_is_refused_by_name(name):
+    distributed = torch.distributed
+    losia = attach(MAKE[name]())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fsdp = pytest.importorskip("torch.distributed.fsdp")
+        fsdp.fully_shard(losia.model, mesh=distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match="is sharded, and FSDP2 takes neither experts nor"):
+            losia.write_back()
+    finally:
+        distributed.destroy_process_group()
