@@ -153,3 +153,24 @@ def test_sharding_is_refused_by_name(name):
             losia.write_back()
     finally:
         distributed.destroy_process_group()
+
+
+@layers
+def test_bf16_subnets_train_and_are_in_the_dense_weights(make):
+    losia = attach(make(torch.bfloat16), period=2, subnet_dtype="bfloat16")
+    optimizer = losia_pro.optim.AdamW(losia.parameters(), lr=1e-2)
+    losia.bind(optimizer)
+    start = toys.weights(losia)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = loss_of(losia.model(X.bfloat16()))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        for n, m in losia.modules.items():
+            assert m.subnet.dtype == torch.bfloat16
+            assert torch.equal(m.weight[m.out_idx][:, m.in_idx], m.subnet), n
+    assert losses[-1] < losses[0] and losia.history
+    moved = [n for n, m in losia.modules.items() if not torch.equal(m.weight, start[n])]
+    assert len(moved) >= len(losia.modules) - 2  # all but those of an expert that is idle
