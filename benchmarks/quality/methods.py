@@ -36,10 +36,12 @@ class Method:
     area: float | None = None
 
     def decides(self) -> str:
-        """All of it that decides a run, defaults included."""
+        """All of it that decides a run, defaults included; what is None is left out, so that an option that comes
+        later and is None makes no other run of it."""
         settings = self.settings
         if self.kind == "losia":
             settings = LosiaConfig(**settings).to_dict()
+            settings = {k: v for k, v in settings.items() if v is not None}
         return repr((self.kind, sorted(settings.items()), self.area))
 
 
