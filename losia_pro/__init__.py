@@ -1,5 +1,8 @@
 """LoSiA-Pro: fine-tune a subnet of every linear layer, full rank, at the cost of a frozen network."""
 
+from importlib import import_module
+from typing import Any
+
 from . import optim, reference
 from .config import LosiaConfig
 from .controller import Losia, attach
@@ -23,3 +26,9 @@ __all__ = [
     "reference",
     "subnet_linear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "peft":  # needs PEFT, and so is imported when it is asked for
+        return import_module("losia_pro.peft")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +34,14 @@ class Touched:
 
     @torch.no_grad()
     def add(self, weight: Tensor, out_idx: Tensor, in_idx: Tensor) -> None:
-        """Record a place of ``weight`` ``(out, in)``, before anything is written there."""
+        """Record a place of ``weight`` ``(out, in)``, before anything is written there, unless all its entries
+        are recorded."""
         self.blocks.append((out_idx.cpu().clone(), in_idx.cpu().clone()))
         at, new = self._entries(len(self.blocks) - 1, weight.device)
-        self.values.append(weight[at][new].cpu())
+        if new.any():
+            self.values.append(weight[at][new].cpu())
+        else:
+            self.blocks.pop()
 
     def add_bias(self, bias: Tensor) -> None:
         """Record the bias, unless it is recorded."""
@@ -95,22 +98,42 @@ def refuse(losia: Losia) -> None:
         m.touched.refuse_base()
 
 
-@contextmanager
-def base_values(losia: Losia) -> Iterator[None]:
+@torch.no_grad()
+def reset(losia: Losia) -> None:
+    """Put the base's values back for good: as if nothing had been trained, the subnets where they are."""
+    refuse(losia)
+    for m in losia.modules.values():
+        m.touched.swap(m.weight, m.bias)
+        m.subnet.copy_(m._block())
+        m.mark_written()
+    record(losia, losia.modules)
+
+
+class BaseValues:
     """See ``Losia.base``."""
-    modules = list(losia.modules.values())
-    if any(m.touched.swapped for m in modules):  # within another
-        yield
-        return
-    tensors = [t for m in modules for t in (m.weight, m.bias) if t is not None]
-    # The values come back bit for bit, so a graph from before is good again after; within, autograd sees
-    # that they are others.
-    with _unsafe_preserve_version_counter(tuple(tensors)):
+
+    def __init__(self, losia: Losia) -> None:
+        self.modules = list(losia.modules.values())
+
+    def __enter__(self) -> None:
+        self._within_another = any(m.touched.swapped for m in self.modules)
+        if self._within_another:
+            return
+        tensors = [t for m in self.modules for t in (m.weight, m.bias) if t is not None]
+        # The values come back bit for bit, so a graph from before is good again after; within, autograd sees
+        # that they are others.
+        self._versions = _unsafe_preserve_version_counter(tuple(tensors))
         try:
-            for m in modules:
+            for m in self.modules:
                 m.touched.swap(m.weight, m.bias)
-            yield
-        finally:
-            for m in modules:
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if self._within_another:
+            return
+        with self._versions:
+            for m in self.modules:
                 if m.touched.swapped:
                     m.touched.swap(m.weight, m.bias)

@@ -14,7 +14,7 @@ from .selection import select_together
 if TYPE_CHECKING:
     from .controller import Losia
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 # Settings that a resumed run must share with the one it continues.

@@ -21,7 +21,7 @@ from .inputs import find_shared_inputs
 from .linear import SubnetLinear
 from .optimizer import check_optimizer
 from .profile import Profile
-from .reselect import Reselection, reselect
+from .reselect import Reselection, lost_to_rounding, reselect
 from .schedule import Schedule
 
 if TYPE_CHECKING:  # PyTorch built without torch.distributed lacks the name
@@ -79,6 +79,7 @@ class Losia:
         self._skip = False
         self._ranks: Ranks | None = None
         self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
+        self._last: dict[str, Tensor] = {}
         self._calibrated = config.init == "random"
         self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
 
@@ -158,6 +159,11 @@ class Losia:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
         base.refuse(self)
         self._skip = found_inf is not None and bool(found_inf)
+        self._last = {
+            n: m.subnet.detach().clone()
+            for group in self.schedule.reselected(self.step)
+            for n, m in self.group_modules(group).items()
+        }
         self._before = []
         for group in range(len(self.groups)):
             factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
@@ -183,6 +189,7 @@ class Losia:
             else:
                 scale = 1.0 if self._scaler is None else 1.0 / self._scaler.get_scale()
                 profile.update(scale, self._ranks.mean_ if self._ranks else None)
+        lost = {n: lost_to_rounding(self.modules[n], before) for n, before in self._last.items()}
         self.write_back()
         if self._skip:
             return
@@ -191,7 +198,7 @@ class Losia:
         moved = self.schedule.reselected(self.step)
         self.step += 1
         for group in moved:
-            reselect(self, group)
+            reselect(self, group, lost)
         self._set_profiled()
 
     def write_back(self) -> None:
@@ -224,7 +231,7 @@ class Losia:
         Raises, within the block:
             RuntimeError: a forward that would train, an optimizer's step, saving, loading or ``detach``.
         """
-        return base.base_values(self)
+        return base.BaseValues(self)
 
     def calibrate(
         self,
@@ -272,20 +279,8 @@ class Losia:
         ``losia_pro.load_delta(base_model, path)`` applies it. The file appears whole or not at all.
         """
         self.write_back()
-        delta.save(
-            path,
-            weights={n: m.weight for n, m in self.modules.items()},
-            touched={n: self.touched(n) for n in self.modules},
-            biases={
-                n: m.bias
-                for n, m in self.modules.items()
-                if m.bias is not None and m.touched.bias is not None
-            },
-            header={
-                "base": self.base_digest,
-                "config": json.dumps(self.config.to_dict()),
-            },
-        )
+        header = {"base": self.base_digest, "config": json.dumps(self.config.to_dict())}
+        delta.save(path, self.modules, header)
 
     def detach(self) -> nn.Module:
         """Put the plain ``nn.Linear`` back with the tuned weights in place; returns the model.

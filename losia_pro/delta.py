@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .base import Block
 from .entries import FORMS, bounds, check_entries, decode, encode
 from .kinds import find_linear
 from .linear import SubnetLinear
@@ -52,13 +51,10 @@ def _bits(t: Tensor) -> Tensor:
 
 def save(
     path: str | os.PathLike[str],
-    *,
-    weights: Mapping[str, Tensor],
-    touched: Mapping[str, list[Block]],
-    biases: Mapping[str, Tensor],
+    modules: Mapping[str, SubnetLinear],
     header: Mapping[str, str],
 ) -> None:
-    """Write the touched entries of ``weights``; the file appears whole, or not at all.
+    """Write the touched entries of the modules; the file appears whole, or not at all.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -69,18 +65,12 @@ def save(
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{path}: there is no folder {folder}")
-    tensors: dict[str, Tensor] = {}
-    forms: dict[str, str] = {}
-    for name, weight in weights.items():
-        forms[name], parts = encode(weight.detach(), touched[name])
-        tensors.update({f"{name}.{key}": t for key, t in parts.items()})
-    for name, bias in biases.items():
-        tensors[f"{name}.bias"] = bias.detach().cpu().contiguous()
+    forms, tensors = contents(modules)
     about = {
         "format": FORMAT,
         "version": VERSION,
         "modules": json.dumps(forms),
-        "shapes": json.dumps({name: list(weight.shape) for name, weight in weights.items()}),
+        "shapes": json.dumps({name: list(m.weight.shape) for name, m in modules.items()}),
         **header,
     }
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
@@ -89,6 +79,20 @@ def save(
         to_disk(complete)
         os.replace(complete, path)
     to_disk(folder)
+
+
+def contents(
+    modules: Mapping[str, SubnetLinear], form: str | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The form of each module, by default the smaller one, and a delta's tensors, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    forms: dict[str, str] = {}
+    for name, m in modules.items():
+        forms[name], parts = encode(m.weight.detach(), m.touched.blocks, form)
+        tensors.update({f"{name}.{key}": t for key, t in parts.items()})
+        if m.bias is not None and m.touched.bias is not None:
+            tensors[f"{name}.bias"] = m.bias.detach().cpu().contiguous()
+    return forms, tensors
 
 
 def to_disk(path: str) -> None:
@@ -114,22 +118,27 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         linears = targets(model, header, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    with torch.no_grad():
-        for name, linear in linears.items():
-            weight, entries = linear.weight, decode(linear.weight, name, tensors)
-            bias = tensors.get(f"{name}.bias")
-            if isinstance(linear, SubnetLinear):
-                for at, _ in entries:
-                    linear.touched.add(weight, *bounds(at))
-                if bias is not None:
-                    linear.touched.add_bias(linear.bias)
-            for at, values in entries:
-                weight[at] = values
-            if bias is not None and linear.bias is not None:
-                linear.bias.copy_(bias)
-            if isinstance(linear, SubnetLinear):
-                linear.adopt_weight()
+    put(linears, tensors)
     return model
+
+
+@torch.no_grad()
+def put(linears: Mapping[str, AnyLinear], tensors: Mapping[str, Tensor]) -> None:
+    """Write a delta's entries, checked before, into the base's linears, plain or attached."""
+    for name, linear in linears.items():
+        weight, entries = linear.weight, decode(linear.weight, name, tensors)
+        bias = tensors.get(f"{name}.bias")
+        if isinstance(linear, SubnetLinear):
+            for at, _ in entries:
+                linear.touched.add(weight, *bounds(at))
+            if bias is not None:
+                linear.touched.add_bias(linear.bias)
+        for at, values in entries:
+            weight[at] = values
+        if bias is not None and linear.bias is not None:
+            linear.bias.copy_(bias)
+        if isinstance(linear, SubnetLinear):
+            linear.adopt_weight()
 
 
 def targets(

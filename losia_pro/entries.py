@@ -26,8 +26,10 @@ FORMS = ("blocks", "bitmap")
 Index = tuple[Tensor, Tensor] | Tensor  # of a weight: rows (n, 1) and columns, or a mask
 
 
-def encode(weight: Tensor, blocks: list[Block]) -> tuple[str, dict[str, Tensor]]:
-    """The form and the tensors of the entries of ``weight`` in any of the blocks."""
+def encode(
+    weight: Tensor, blocks: list[Block], form: str | None = None
+) -> tuple[str, dict[str, Tensor]]:
+    """The form, by default the smaller one, and the tensors of the entries of ``weight`` in any of the blocks."""
     mask = torch.zeros(weight.shape, dtype=torch.bool)
     block_bytes = 0
     for rows, columns in blocks:
@@ -35,7 +37,7 @@ def encode(weight: Tensor, blocks: list[Block]) -> tuple[str, dict[str, Tensor]]
         n = rows.numel() * columns.numel()
         block_bytes += n * weight.element_size() + 8 * (rows.numel() + columns.numel())
     bitmap_bytes = int(mask.sum()) * weight.element_size() + -(-mask.numel() // 8)
-    if block_bytes <= bitmap_bytes:
+    if form == "blocks" or form is None and block_bytes <= bitmap_bytes:
         parts = {}
         for k, (rows, columns) in enumerate(blocks):
             on = rows.to(weight.device), columns.to(weight.device)

@@ -162,7 +162,8 @@ class SubnetLinear(nn.Linear):
                 self._check_written()
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        self.touched.refuse_base()
+        if own["subnet"].requires_grad:
+            self.touched.refuse_base()
         weight, bias = self._dense()
         return checked(
             input, weight, own["subnet"], indices["out_idx"], indices["in_idx"], bias,

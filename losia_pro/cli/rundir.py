@@ -93,12 +93,9 @@ class RunFolder:
 
     def last_checkpoint(self, method: str) -> Path | None:
         """The latest one that was written to its end."""
-        found = {}
-        for folder in self.checkpoints(method).glob("checkpoint-*"):
-            number = folder.name.rpartition("-")[2]
-            if number.isdigit() and _is_json(folder / "trainer_state.json"):
-                found[int(number)] = folder
-        return found[max(found)] if found else None
+        from losia_pro.integrations.transformers import last_checkpoint
+
+        return last_checkpoint(self.checkpoints(method))
 
     def drop_checkpoints(self, method: str) -> None:
         """A method that is finished needs none."""
@@ -113,14 +110,6 @@ def open_up(path: Path) -> None:
     for file in [path, *path.rglob("*")]:
         if file.is_file():
             file.chmod(0o666 & ~mask)
-
-
-def _is_json(path: Path) -> bool:
-    """``trainer_state.json`` is the last file of a checkpoint: whole if the checkpoint is."""
-    try:
-        return bool(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return False
 
 
 def _check_room(path: Path, overwrite: bool) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..controller import Losia
+from ..linear import SubnetLinear
 
 KEY = "losia"  # of the controller's state within the optimizer's
 
@@ -18,28 +22,50 @@ class LosiaCallback(TrainerCallback):
         losia = losia_pro.attach(model, config)
         Trainer(model, args, ..., callbacks=[LosiaCallback(losia)])
 
+    A model of PEFT brings its own, also one that TRL makes from ``peft_config``::
+
+        SFTTrainer(model, ..., peft_config=losia_pro.peft.LosiaConfig(...), callbacks=[LosiaCallback()])
+
     It binds the optimizer when training begins. Each checkpoint carries ``losia.state_dict()`` inside its
     ``optimizer.pt``, so that a run resumed from it (``trainer.train(resume_from_checkpoint=...)``, of any
-    folder) is bitwise the run that was not stopped. Re-selections appear in Trainer's logs as
-    ``losia_moved`` (linears moved since the last log), ``losia_score_kept`` and ``losia_overlap`` (their
-    means); see ``losia.history`` for each. Started by ``torchrun`` or ``accelerate launch``, several processes
-    train one model through ``DistributedDataParallel``.
+    folder) is bitwise the run that was not stopped. Started by ``torchrun`` or ``accelerate launch``, several
+    processes train one model through ``DistributedDataParallel``.
+
+    Into Trainer's logs, and so to whatever ``report_to`` names, go ``losia_rewarm``, the factor of the learning
+    rate at this step, a mean over the groups (1: none is rewarming); and after re-selections ``losia_moved``, how
+    many linears were moved since the last log, with the means over them of ``losia_score_kept``,
+    ``losia_overlap`` and ``losia_lost_to_rounding``; see ``losia.history`` for each.
+
+    Args:
+        losia: the controller; None: the model's own.
 
     Raises, when training begins:
-        ValueError: the optimizer lacks the subnets; a checkpoint without or with another LoSiA state;
-            ``torch.nn.DataParallel``, FSDP, DeepSpeed or another engine that shards the model.
+        ValueError: a model that is not attached; an optimizer that lacks the subnets; a checkpoint without or
+            with another LoSiA state; ``torch.nn.DataParallel``, FSDP, DeepSpeed or another engine that shards
+            the model; an output head that the loss goes around, as TRL's does.
         RuntimeError: processes that differ, in the weights they start from say.
     """
 
-    def __init__(self, losia: Losia) -> None:
-        self.losia = losia
+    def __init__(self, losia: Losia | None = None) -> None:
+        self._losia = losia
         self._handle: Any = None
         self._logged = 0
+
+    @property
+    def losia(self) -> Losia:
+        """The controller of the model that is trained."""
+        if self._losia is None:
+            raise ValueError(
+                "the model is not attached: give the trainer peft_config=losia_pro.peft.LosiaConfig(...), or "
+                "LosiaCallback what losia_pro.attach(model) returns"
+            )
+        return self._losia
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_other_engines(args)
+        self._losia = self._losia or getattr(kwargs["model"], "losia", None)
         wrapped = kwargs["optimizer"]
         optimizer: Optimizer = wrapped
         while hasattr(optimizer, "optimizer"):  # accelerate wraps it; hooks belong on the inner one
@@ -57,6 +83,14 @@ class LosiaCallback(TrainerCallback):
             self._handle.remove()
         self._handle = optimizer.register_state_dict_post_hook(self._add_state)
         self._logged = len(self.losia.history)
+        self._check_head = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._check_head:
+            self._check_head = False
+            _refuse_a_head_without_gradient(self.losia.model)
 
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """An optimizer's ``load_state_dict`` keeps entries of ``state`` that are not a parameter's, which
@@ -71,19 +105,53 @@ class LosiaCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        moved = self.losia.history[self._logged :]
-        if not moved:
-            return
+        losia, values = self.losia, dict[str, float]()
+        if losia.config.period is not None and losia.config.rewarm and losia.step:
+            groups = range(len(losia.groups))
+            factors = [losia.schedule.rewarm(losia.step - 1, group) for group in groups]
+            values["losia_rewarm"] = sum(factors) / len(factors)
+        moved = losia.history[self._logged :]
         self._logged += len(moved)
-        values: dict[str, float] = {
-            "losia_moved": len(moved),
-            "losia_score_kept": sum(r.score_kept for r in moved) / len(moved),
-            "losia_overlap": sum(r.overlap for r in moved) / len(moved),
-        }
+        if moved:
+            values["losia_moved"] = len(moved)
+            for name in ("score_kept", "overlap", "lost_to_rounding"):
+                values[f"losia_{name}"] = sum(getattr(r, name) for r in moved) / len(moved)
         if logs is not None:
             logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """Trainer's latest checkpoint in a folder that was written to its end, whatever stopped the run; None if there
+    is none. For ``trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))``.
+
+    ``resume_from_checkpoint=True`` takes the latest of all, which a killed process leaves half-written.
+    """
+    found = {}
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        number = checkpoint.name.rpartition("-")[2]
+        if number.isdigit() and _is_json(checkpoint / "trainer_state.json"):
+            found[int(number)] = checkpoint
+    return found[max(found)] if found else None
+
+
+def _is_json(path: Path) -> bool:
+    """``trainer_state.json`` is the last file of a checkpoint: whole if the checkpoint is."""
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse_a_head_without_gradient(model: nn.Module) -> None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if isinstance(head, SubnetLinear) and head.subnet.requires_grad and head.subnet.grad is None:
+        raise ValueError(
+            "the loss is computed from the output head's weight and not by calling it, so that its subnet gets no "
+            "gradient (TRL does so); use output_factor=0"
+        )
 
 
 def _refuse_other_engines(args: TrainingArguments) -> None:
