@@ -202,7 +202,6 @@ def test_a_new_process_loads_it_with_its_base_model(tmp_path):
     )
     for p in model.losia.parameters():
         p.data.add_(1)
-    model.losia.write_back()
     model.save_pretrained(tmp_path / "adapter")
     code = f"""if True:
         import sys, losia_pro
@@ -219,12 +218,13 @@ def test_a_new_process_loads_it_with_its_base_model(tmp_path):
     )
 
 
-def test_a_classifier_is_trained_and_saved_whole(tmp_path):
+@pytest.mark.parametrize("how", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["score"]}])
+def test_a_classifier_is_trained_and_saved_whole(tmp_path, how):
     config = copy.deepcopy(tiny_llama().config)
     config.num_labels, config.pad_token_id = 3, 0
     torch.manual_seed(0)
     base = LlamaForSequenceClassification(config)
-    model = get_peft_model(copy.deepcopy(base), LosiaConfig(**SETTINGS, task_type="SEQ_CLS"))
+    model = get_peft_model(copy.deepcopy(base), LosiaConfig(**SETTINGS, **how))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.losia.bind(optimizer)
     for _ in range(4):

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners import tuners_utils
 from safetensors.torch import load_file, save_file
 from test_peft import SETTINGS, adapted, logits, step
@@ -46,6 +46,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path)
     with refused("low_cpu_mem_usage=True"):
         PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    with refused("Please use `get_peft_model` instead"):
+        inject_adapter_in_model(LosiaConfig(), base)
     assert torch.equal(logits(base), logits(tiny_llama()))
     with refused("takes one LoSiA adapter.*'default'"):
         model.add_adapter("other", LosiaConfig())

@@ -87,9 +87,7 @@ class LosiaModel(BaseTuner):
     prefix = "losia_"
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
-    uses_shared_state = (
-        True  # the controller: a plain model with the layers injected would not have it
-    )
+    uses_shared_state = True  # the controller, which a model with its layers alone would lack
     losia: Losia
 
     def inject_adapter(
