@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 import losia_pro
 from losia_pro.integrations.transformers import LosiaCallback
@@ -166,6 +167,54 @@ def test_reselections_appear_in_the_logs(whole_run, tmp_path):
         assert log["losia_score_kept"] == pytest.approx(sum(r.score_kept for r in moved) / 7)
     trainer.state.save_to_json(str(tmp_path / "state.json"))
     assert "losia_overlap" in (tmp_path / "state.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_logs_tell_how_many_updates_a_16_bit_weight_would_lose(tmp_path, dtype):
+    """Judged by the weights before and after the last step of each slot."""
+    losia = losia_pro.attach(tiny_llama().to(dtype), CONFIG)
+    before, expected = {}, []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            for n, m in losia.modules.items():
+                at = m.out_idx[:, None].clone(), m.in_idx.clone()
+                before[n] = at, m.weight.detach()[at].clone()
+
+        def on_step_end(self, *args, **kwargs):
+            for r in losia.history[len(expected) :]:
+                at, weight = before[r.name]
+                same = losia.modules[r.name].weight.detach()[at] == weight
+                expected.append(same.double().mean().item() if dtype == torch.bfloat16 else 0.0)
+
+    args = arguments(tmp_path, learning_rate=2e-4, weight_decay=0.1)
+    callbacks = [LosiaCallback(losia), Watch()]
+    trainer = Trainer(losia.model, args, train_dataset=dataset(), callbacks=callbacks)
+    trainer.train()
+    found = [r.lost_to_rounding for r in losia.history]
+    assert found == pytest.approx(expected) and len(found) == 4 * 7
+    assert (min(found) > 0.1) == (dtype == torch.bfloat16)
+    logged = [g["losia_lost_to_rounding"] for g in trainer.state.log_history if "losia_moved" in g]
+    assert logged == pytest.approx([sum(found[i : i + 7]) / 7 for i in range(0, 28, 7)])
+
+
+def test_trackers_see_the_keys(tmp_path, monkeypatch):
+    seen = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen[state.global_step] = dict(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    losia = losia_pro.attach(tiny_llama(), CONFIG)
+    args = arguments(tmp_path, report_to="tensorboard")
+    trainer = Trainer(losia.model, args, train_dataset=dataset())
+    LosiaCallback(losia).add_to(trainer)
+    trainer.train()
+    assert sorted(step for step in seen if "losia_overlap" in seen[step]) == [3, 6, 9, 12]
+    for step in range(1, STEPS + 1):  # one of the three groups, over the three steps after its move
+        factor = ((step - 1) % 3 + 1) / 3 if step > 3 else 1
+        assert seen[step]["losia_rewarm"] == pytest.approx((2 + factor) / 3)
 
 
 def test_a_checkpoint_is_readable_without_pickle(tmp_path):

@@ -8,7 +8,13 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..controller import Losia
 from ..linear import SubnetLinear
@@ -31,10 +37,14 @@ class LosiaCallback(TrainerCallback):
     folder) is bitwise the run that was not stopped. Started by ``torchrun`` or ``accelerate launch``, several
     processes train one model through ``DistributedDataParallel``.
 
-    Into Trainer's logs, and so to whatever ``report_to`` names, go ``losia_rewarm``, the factor of the learning
-    rate at this step, a mean over the groups (1: none is rewarming); and after re-selections ``losia_moved``, how
-    many linears were moved since the last log, with the means over them of ``losia_score_kept``,
-    ``losia_overlap`` and ``losia_lost_to_rounding``; see ``losia.history`` for each.
+    Into Trainer's logs go ``losia_rewarm``, the factor of the learning rate at this step, a mean over the groups
+    (1: none is rewarming); and after re-selections ``losia_moved``, how many linears were moved since the last log,
+    with the means over them of ``losia_score_kept``, ``losia_overlap`` and ``losia_lost_to_rounding``; see
+    ``losia.history`` for each. The trackers that ``report_to`` names are called before the callbacks that a
+    ``Trainer`` is given; for them, put this one first::
+
+        trainer = Trainer(model, args, ...)
+        LosiaCallback(losia).add_to(trainer)
 
     Args:
         losia: the controller; None: the model's own.
@@ -50,6 +60,10 @@ class LosiaCallback(TrainerCallback):
         self._losia = losia
         self._handle: Any = None
         self._logged = 0
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Become the first of a trainer's callbacks, so that its trackers see what this one logs."""
+        trainer.callback_handler.callbacks.insert(0, self)
 
     @property
     def losia(self) -> Losia:
