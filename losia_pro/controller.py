@@ -19,7 +19,7 @@ from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear
-from .optimizer import check_optimizer
+from .optimizer import check_optimizer, innermost
 from .profile import Profile
 from .reselect import Reselection, lost_to_rounding, reselect
 from .schedule import Schedule
@@ -108,9 +108,10 @@ class Losia:
         """Hook write-back, profiling, re-selection, state reset and rewarming into ``optimizer.step()``.
 
         Args:
-            optimizer: any ``torch.optim`` optimizer but LBFGS that holds every subnet. Binding another
-                one replaces the last.
-            scaler: the ``torch.amp.GradScaler`` in use, if any: importance needs gradients unscaled.
+            optimizer: any ``torch.optim`` optimizer but LBFGS that holds every subnet, or accelerate's wrapper
+                of it. Binding another one replaces the last.
+            scaler: the ``torch.amp.GradScaler`` in use, if any: importance needs gradients unscaled. Default: the
+                wrapper's.
             process_group: the processes that train this model together, by ``DistributedDataParallel``;
                 default: all of them, once ``torch.distributed`` is initialised. Each calls ``bind``.
 
@@ -120,6 +121,8 @@ class Losia:
                 ``init="calibrate"`` not done yet.
             RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step.
         """
+        scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        optimizer = innermost(optimizer)
         check_optimizer(optimizer, {n: m.subnet for n, m in self.modules.items()})
         if not self._calibrated:
             raise ValueError(

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that a wrapper steps, accelerate's for one: hooks on the wrapper itself would not run."""
+    kind = torch.optim.Optimizer
+    while isinstance(optimizer, kind) and isinstance(
+        inner := getattr(optimizer, "optimizer", None), kind
+    ):
+        optimizer = inner
+    return optimizer
 
 
 def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:

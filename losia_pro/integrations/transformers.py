@@ -18,6 +18,7 @@ from transformers import (
 
 from ..controller import Losia
 from ..linear import SubnetLinear
+from ..optimizer import innermost
 
 KEY = "losia"  # of the controller's state within the optimizer's
 
@@ -80,11 +81,8 @@ class LosiaCallback(TrainerCallback):
     ) -> None:
         _refuse_other_engines(args)
         self._losia = self._losia or getattr(kwargs["model"], "losia", None)
-        wrapped = kwargs["optimizer"]
-        optimizer: Optimizer = wrapped
-        while hasattr(optimizer, "optimizer"):  # accelerate wraps it; hooks belong on the inner one
-            optimizer = optimizer.optimizer
-        saved = optimizer.state.pop(KEY, None)  # type: ignore[call-overload]
+        optimizer = innermost(kwargs["optimizer"])
+        saved = optimizer.state.pop(KEY, None)
         if saved is not None:
             self.losia.load_state_dict(saved)
         elif state.global_step > 0:
@@ -92,7 +90,7 @@ class LosiaCallback(TrainerCallback):
                 f"the checkpoint of step {state.global_step} holds no LoSiA state: it was not saved with "
                 "LosiaCallback (or with save_only_model=True); start anew"
             )
-        self.losia.bind(optimizer, scaler=getattr(wrapped, "scaler", None))
+        self.losia.bind(kwargs["optimizer"])
         if self._handle is not None:
             self._handle.remove()
         self._handle = optimizer.register_state_dict_post_hook(self._add_state)
