@@ -66,6 +66,29 @@ def test_the_trainer_runs_as_printed(folder):
     assert_tuned(folder)
 
 
+def test_peft_runs_as_printed(folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from losia_pro.integrations.transformers import LosiaCallback
+
+    names = {
+        "losia_pro": losia_pro,
+        "model": AutoModelForCausalLM.from_pretrained("my-model"),
+        "Trainer": Trainer,
+        "LosiaCallback": LosiaCallback,
+        "arguments": TrainingArguments(
+            "out", max_steps=4, per_device_train_batch_size=1, learning_rate=1e-2, use_cpu=True,
+            report_to="none", disable_tqdm=True, save_strategy="no",
+        ),
+        "dataset": examples(),
+    }  # fmt: skip
+    exec(PYTHON[2], names)
+    base = AutoModelForCausalLM.from_pretrained("my-model")
+    PeftModel.from_pretrained(base, "adapter").merge_and_unload().save_pretrained("tuned")
+    assert_tuned(folder)
+
+
 def assert_tuned(folder: Path) -> None:
     """Some entries of every linear in the blocks have changed, an eighth by an eighth at most; nothing else."""
     before, after = (load_file(folder / n / "model.safetensors") for n in ("my-model", "tuned"))
@@ -76,7 +99,7 @@ def assert_tuned(folder: Path) -> None:
 
 
 def test_every_python_block_is_run_by_a_test():
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
 
 
 def test_the_printed_commands_and_flags_exist(folder, capsys):

@@ -185,7 +185,7 @@ class LosiaModel(BaseTuner):
                 ours[name] = tensor
             elif name != BASE:
                 others[key] = tensor
-        _check_base(state_dict.get(BASE), losia)
+        _check_base(state_dict.get(BASE), ours, losia)
         delta.check(losia.modules, dict.fromkeys(losia.modules, "blocks"), ours)
         base.reset(losia)
         delta.put(losia.modules, ours)
@@ -223,13 +223,20 @@ class Switch(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
 
 
-def _check_base(saved: Tensor | None, losia: Losia) -> None:
+def _check_base(digest: Tensor | None, tensors: dict[str, Tensor], losia: Losia) -> None:
     """Raise a ValueError unless the adapter was made from this model."""
-    found = "nothing" if saved is None else bytes(saved.cpu().tolist()).hex()
+    dtypes = {t.dtype for name, t in tensors.items() if ".values." in name}
+    if dtypes and dtypes != {m.weight.dtype for m in losia.modules.values()}:
+        names = " and ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"the adapter holds {names} values, those of the model that was fine-tuned, and this model has other "
+            f"dtypes; load it with dtype={names}"
+        )
+    found = "nothing" if digest is None else bytes(digest.cpu().tolist()).hex()
     if found != losia.base_digest:
         raise ValueError(
             f"the adapter was made from other weights (base {found[:12]}, this model {losia.base_digest[:12]}); "
-            "load the base model that was fine-tuned, in the same dtype"
+            "load the base model that was fine-tuned"
         )
 
 
