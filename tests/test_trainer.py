@@ -248,6 +248,31 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(tmp_path, resume=True, config=other)
 
 
+def test_a_head_that_the_loss_goes_around_is_refused(tmp_path):
+    """As TRL 1.16's trainers do: they multiply by its weight."""
+
+    class Around(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            hidden = model.model(inputs["input_ids"]).last_hidden_state
+            logits = hidden @ model.lm_head.weight.T
+            return torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), inputs["labels"].flatten()
+            )
+
+    for factor, outcome in ((0.0, None), (1 / 2, "output head's weight.*use output_factor=0")):
+        config = losia_pro.LosiaConfig(rank_factor=1 / 4, output_factor=factor)
+        losia = losia_pro.attach(tiny_llama(), config)
+        args = arguments(tmp_path, max_steps=1)
+        trainer = Around(
+            losia.model, args, train_dataset=dataset(), callbacks=[LosiaCallback(losia)]
+        )
+        if outcome is None:
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match=outcome):
+                trainer.train()
+
+
 def test_data_parallel_in_one_process_is_refused(tmp_path):
     losia = losia_pro.attach(tiny_llama(), CONFIG)
     args = arguments(tmp_path)

@@ -65,6 +65,11 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(ranks):
         toys.equal_bits(ends["resumed"], ranks[0]["resumed"])
 
 
+def test_a_peft_model_is_trained_alike(ranks):
+    for ends in ranks:
+        toys.equal_bits(ends["peft"], ends["not stopped"])
+
+
 def test_the_example_runs_as_printed(tmp_path):
     printed = re.search(r"``torchrun (.*) examples/train_ddp.py``", EXAMPLE.read_text())
     out = torchrun(tmp_path, *printed[1].split(), str(EXAMPLE))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from test_peft import train as train_with_peft
 from test_trainer import entries, tiny_llama, train
 from toys import indices
 
@@ -46,4 +47,6 @@ if __name__ == "__main__":
     ends["not stopped"] = end(*train(folder / "a"))
     train(folder / "b", stop_at=5)
     ends["resumed"] = end(*train(folder / "b", resume=True))
+    peft_model, trainer = train_with_peft(folder / "c")
+    ends["peft"] = end(peft_model.losia, trainer)
     torch.save(ends, folder / f"{rank}.pt")
