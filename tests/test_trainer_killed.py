@@ -9,7 +9,7 @@ from pathlib import Path
 
 from losia_pro.integrations.transformers import last_checkpoint
 
-KILLS = int(os.environ.get("LOSIA_KILLS", "4"))
+KILLS = int(os.environ.get("LOSIA_KILLS", "3"))
 
 # One process with everything loaded; each run is a fork of it, killed within as long as a whole run takes. The next
 # one starts from the last checkpoint that was written to its end.

@@ -240,6 +240,7 @@ def _check_base(digest: Tensor | None, tensors: dict[str, Tensor], losia: Losia)
         )
 
 
+# As PEFT's register_peft_method, which takes names of PEFT's own enum only.
 _METHOD: Any = PeftType.LOSIA
 PEFT_TYPE_TO_CONFIG_MAPPING[_METHOD] = LosiaConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_METHOD] = LosiaModel
