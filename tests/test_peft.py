@@ -13,6 +13,7 @@ import torch
 import toys
 from cli_tools import make_model
 from peft import PeftModel, get_peft_model
+from test_models import causal_lm
 from test_trainer import STEPS, StopAt, arguments, dataset, tiny_llama
 from test_trainer import train as train_without_peft
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer
@@ -133,6 +134,25 @@ def test_saved_loaded_switched_off_merged_and_unloaded(tmp_path, monkeypatch, ca
     unloaded = model.unload()
     toys.equal_bits(dict(unloaded.state_dict()), dict(base.state_dict()))
     assert not hasattr(unloaded, "peft_config")
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Mixtral"])
+def test_transposed_linears_and_experts_too(tmp_path, kind):
+    base = causal_lm(kind)
+    model = get_peft_model(copy.deepcopy(base), LosiaConfig(**SETTINGS))
+    optimizer = torch.optim.AdamW(model.losia.parameters(), lr=1e-2)
+    model.losia.bind(optimizer)
+    for _ in range(4):
+        step(model, optimizer)
+    tuned, untouched = logits(model), logits(base)
+    assert model.losia.history and not torch.equal(tuned, untouched)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded), tuned)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), untouched)
+    assert torch.equal(logits(loaded.merge_and_unload()), tuned)
+    toys.equal_bits(dict(model.unload().state_dict()), dict(base.state_dict()))
 
 
 def test_a_loaded_adapter_is_saved_as_it_was(tmp_path):

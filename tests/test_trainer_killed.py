@@ -63,11 +63,14 @@ whole.mkdir()
 fork(whole)
 took = time.perf_counter() - begun
 dice, seen = random.Random(0), []
-while len(seen) < kills:
+def enough():  # and at different moments, however slow the machine is
+    return len(seen) >= kills and (len({name for name, _ in seen}) > 1 or len(seen) >= 40)
+
+while not enough():
     folder = room / str(len(seen))
     folder.mkdir()
     saved = None
-    while len(seen) < kills and (saved is None or saved.name != LAST):
+    while not enough() and (saved is None or saved.name != LAST):
         fork(folder, dice.uniform(0, took))
         saved = last_checkpoint(folder)
         numbers = [int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")]
@@ -92,7 +95,7 @@ def test_a_killed_run_goes_on_bitwise(tmp_path):
     print(
         f"{kills} kills, {different} last checkpoints, {halves} times with a later one half-written"
     )
-    assert kills == KILLS and different > 1
+    assert kills >= KILLS and different > 1
 
 
 def test_the_last_checkpoint_is_the_latest_that_is_whole(tmp_path):
