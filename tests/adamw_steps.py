@@ -41,6 +41,8 @@ def compare(
     for mine, others, last in zip(ours, theirs, before, strict=True):
         a, b = (torch.cat([t.flatten() for t in kind]).float() for kind in (mine, others))
         unit = torch.maximum(a.abs(), b.abs()).frexp().exponent.float().sub(8).exp2()
-        terms = last.abs() + before[1].abs() + b.abs()  # an update is no larger than before and after
+        terms = (
+            last.abs() + before[1].abs() + b.abs()
+        )  # an update is no larger than before and after
         assert bool(((a - b).abs() <= unit + 16 * 2**-24 * terms).all())
         assert int((a != b).sum()) <= n * 2**-12 + 6 * math.sqrt(n * 2**-12) + 6
