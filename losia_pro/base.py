@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from . import sharded
+
 if TYPE_CHECKING:
     from .controller import Losia
 
@@ -37,16 +39,16 @@ class Touched:
         """Record a place of ``weight`` ``(out, in)``, before anything is written there, unless all its entries
         are recorded."""
         self.blocks.append((out_idx.cpu().clone(), in_idx.cpu().clone()))
-        at, new = self._entries(len(self.blocks) - 1, weight.device)
+        at, new = self._entries(len(self.blocks) - 1, out_idx.device)
         if new.any():
-            self.values.append(weight[at][new].cpu())
+            self.values.append(sharded.read(weight, at)[new].cpu())
         else:
             self.blocks.pop()
 
     def add_bias(self, bias: Tensor) -> None:
         """Record the bias, unless it is recorded."""
         if self.bias is None:
-            self.bias = bias.detach().cpu().clone()
+            self.bias = sharded.whole(bias).cpu().clone()
 
     def _entries(self, k: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Block ``k`` as an index, and which of its entries are in no block before it."""
@@ -65,12 +67,13 @@ class Touched:
         """Exchange the values here with those of the linear."""
         for k, values in enumerate(self.values):
             at, new = self._entries(k, weight.device)
-            now = weight[at]
-            weight[at] = now.masked_scatter(new, values.to(weight))
+            now = sharded.read(weight, at)
+            new = new.to(now.device)
+            sharded.write_(weight, at, now.masked_scatter(new, values.to(now)))
             self.values[k] = now[new].cpu()
         if self.bias is not None and bias is not None:
-            now = bias.detach().cpu().clone()
-            bias.copy_(self.bias)
+            now = sharded.whole(bias).cpu().clone()
+            sharded.assign_(bias, self.bias)
             self.bias = now
         self.swapped = not self.swapped
 
@@ -102,9 +105,10 @@ def refuse(losia: Losia) -> None:
 def reset(losia: Losia) -> None:
     """Put the base's values back for good: as if nothing had been trained, the subnets where they are."""
     refuse(losia)
+    sharded.settle(losia.model)
     for m in losia.modules.values():
         m.touched.swap(m.weight, m.bias)
-        m.subnet.copy_(m._block())
+        sharded.assign_(m.subnet, m._block())
         m.mark_written()
     record(losia, losia.modules)
 
@@ -113,12 +117,13 @@ class BaseValues:
     """See ``Losia.base``."""
 
     def __init__(self, losia: Losia) -> None:
-        self.modules = list(losia.modules.values())
+        self.model, self.modules = losia.model, list(losia.modules.values())
 
     def __enter__(self) -> None:
         self._within_another = any(m.touched.swapped for m in self.modules)
         if self._within_another:
             return
+        sharded.settle(self.model)
         tensors = [t for m in self.modules for t in (m.weight, m.bias) if t is not None]
         # The values come back bit for bit, so a graph from before is good again after; within, autograd sees
         # that they are others.
@@ -133,6 +138,7 @@ class BaseValues:
     def __exit__(self, *_: object) -> None:
         if self._within_another:
             return
+        sharded.settle(self.model)
         with self._versions:
             for m in self.modules:
                 if m.touched.swapped:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from . import base
+from . import base, sharded
 from .profile import Profile
 from .reselect import Reselection
 from .selection import select_together
@@ -37,20 +38,21 @@ KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 def state_of(losia: Losia) -> dict[str, Any]:
     """See ``Losia.state_dict``."""
     base.refuse(losia)
+    sharded.settle(losia.model)
     modules: dict[str, dict[str, Any]] = {}
     for name, m in losia.modules.items():
         modules[name] = {
             "features": (m.out_features, m.in_features),
             "out_idx": m.out_idx.clone(),
             "in_idx": m.in_idx.clone(),
-            "subnet": m.subnet.detach().clone(),
+            "subnet": _saved(m.subnet),
             "touched": [list(pair) for pair in m.touched.blocks],
             "base": list(m.touched.values),
             "base_bias": m.touched.bias,
         }
         if isinstance(m.profile, Profile):
-            modules[name]["importance"] = m.profile.importance.clone()
-            modules[name]["uncertainty"] = m.profile.uncertainty.clone()
+            modules[name]["importance"] = _saved(m.profile.importance)
+            modules[name]["uncertainty"] = _saved(m.profile.uncertainty)
     return {
         "version": STATE_VERSION,
         "config": losia.config.to_dict(),
@@ -59,6 +61,11 @@ def state_of(losia: Losia) -> dict[str, Any]:
         "history": [tuple(r) for r in losia.history],
         "modules": modules,
     }
+
+
+def _saved(t: Tensor) -> Tensor:
+    """A copy; of what is sharded the whole, on the CPU."""
+    return sharded.whole(t).cpu() if sharded.is_sharded(t) else t.detach().clone()
 
 
 def _check(losia: Losia, state: dict[str, Any]) -> None:
@@ -97,6 +104,7 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     """See ``Losia.load_state_dict``."""
     base.refuse(losia)
     _check(losia, state)
+    sharded.settle(losia.model)
     losia.step = state["step"]
     losia.history = [Reselection(*r) for r in state["history"]]
     losia.base_digest = state["base_digest"]
@@ -104,12 +112,12 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     saved = state["modules"]
     for names in losia.sets:
         modules = [losia.modules[n] for n in names]
-        device = modules[0].weight.device
+        device = modules[0].out_idx.device
         out_idx = [saved[n]["out_idx"].to(device) for n in names]
         select_together(modules, out_idx, saved[names[0]]["in_idx"].to(device))
     for name, m in losia.modules.items():
         s = saved[name]
-        m.subnet.copy_(s["subnet"])
+        sharded.assign_(m.subnet, s["subnet"])
         m.touched = base.Touched()
         m.touched.blocks = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
         m.touched.values = [values.cpu() for values in s["base"]]
@@ -117,8 +125,8 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
         m.profile = None
         if "importance" in s:
             m.profile = Profile(m, losia.config)
-            m.profile.importance.copy_(s["importance"])
-            m.profile.uncertainty.copy_(s["uncertainty"])
+            sharded.assign_(m.profile.importance, s["importance"])
+            sharded.assign_(m.profile.uncertainty, s["uncertainty"])
     losia.write_back()
     if losia._optimizer is not None:
         losia._set_profiled()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import base, checkpoint, delta, rounding
+from . import base, checkpoint, delta, rounding, sharded
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, replace, restore
 from .discover import check_weights, find_targets, subnet_sizes
-from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of
+from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
-from .linear import SubnetLinear
+from .linear import SubnetLinear, write_together
 from .optimizer import check_optimizer, innermost
 from .profile import Profile
 from .reselect import Reselection, lost_to_rounding, reselect
@@ -73,6 +73,7 @@ class Losia:
         self.step = 0
         self.history: list[Reselection] = []
         self.base_digest = delta.digest({n: m.weight for n, m in linears.items()})
+        self.start_digest = start_digest(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: Any = None
         self._handles: list[Any] = []
@@ -92,6 +93,9 @@ class Losia:
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
         return [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+
+    def _subnets(self) -> dict[str, nn.Parameter]:
+        return {n: m.subnet for n, m in self.modules.items()}
 
     def group_modules(self, group: int) -> dict[str, SubnetLinear]:
         """The linears of one group by name."""
@@ -123,12 +127,13 @@ class Losia:
         """
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         optimizer = innermost(optimizer)
-        check_optimizer(optimizer, {n: m.subnet for n, m in self.modules.items()})
+        check_optimizer(optimizer, self._subnets())
         if not self._calibrated:
             raise ValueError(
                 'config.init is "calibrate": call losia.calibrate(batches) before bind()'
             )
         self._unbind()
+        sharded.settle(self.model)
         self._optimizer, self._scaler = optimizer, scaler
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
@@ -161,6 +166,8 @@ class Losia:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler
         base.refuse(self)
+        sharded.settle(self.model)
+        check_optimizer(optimizer, self._subnets())  # fully_shard() puts others in their place
         self._skip = found_inf is not None and bool(found_inf)
         self._last = {
             n: m.subnet.detach().clone()
@@ -171,7 +178,9 @@ class Losia:
         for group in range(len(self.groups)):
             factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
             if factor < 1:
-                subnets = [m.subnet.detach() for m in self.group_modules(group).values()]
+                subnets = [
+                    sharded.local(m.subnet.detach()) for m in self.group_modules(group).values()
+                ]
                 self._before.append((subnets, [s.clone() for s in subnets], factor))
 
     @torch.no_grad()
@@ -207,17 +216,13 @@ class Losia:
     def write_back(self) -> None:
         """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it."""
         base.refuse(self)
+        sharded.settle(self.model)
         modules = list(self.modules.values())
-        with torch.no_grad():
-            torch.ops.losia_pro.write_back_(
-                [m.weight for m in modules],
-                [m.subnet for m in modules],
-                [m.out_idx for m in modules],
-                [m.in_idx for m in modules],
-                impl=self.config.impl,
-            )
-        for m in modules:
-            m.mark_written()
+        if any(sharded.is_sharded(m.subnet) for m in modules):  # gathered for it, a group at a time
+            for group in range(len(self.groups)):
+                write_together(list(self.group_modules(group).values()), self.config.impl)
+        else:
+            write_together(modules, self.config.impl)
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""
@@ -289,7 +294,15 @@ class Losia:
         """Put the plain ``nn.Linear`` back with the tuned weights in place; returns the model.
 
         Hooks are removed and every parameter's ``requires_grad`` is as it was before ``attach``.
+
+        Raises:
+            TypeError: a model that FSDP2 shards: its modules stay what they were at ``fully_shard``.
         """
+        if any(sharded.is_sharded(m.weight) for m in self.modules.values()):
+            raise TypeError(
+                "detach() does not undo fully_shard(); the model's state dict is that of the plain model, and "
+                "save_delta() what changed: load either into a model that is not sharded"
+            )
         self.write_back()
         self._unbind()
         for m in self.modules.values():

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .entries import FORMS, bounds, check_entries, decode, encode
 from .kinds import find_linear
 from .linear import SubnetLinear
@@ -32,7 +33,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     allocated."""
     h = hashlib.sha256()
     for name in sorted(weights):
-        w = weights[name].detach()
+        w = sharded.whole(weights[name])
         h.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
         for axis in (0, 1):
             h.update(str(_bits(w).sum(axis, dtype=torch.int64).tolist()).encode())
@@ -54,17 +55,12 @@ def save(
     modules: Mapping[str, SubnetLinear],
     header: Mapping[str, str],
 ) -> None:
-    """Write the touched entries of the modules; the file appears whole, or not at all.
+    """Write the touched entries of the modules; the file appears whole, or not at all. If they are sharded, the
+    first process writes it, and each knows then how that went.
 
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    from safetensors.torch import save_file
-
-    path = os.path.abspath(path)
-    folder = os.path.dirname(path)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: there is no folder {folder}")
     forms, tensors = contents(modules)
     about = {
         "format": FORMAT,
@@ -73,6 +69,16 @@ def save(
         "shapes": json.dumps({name: list(m.weight.shape) for name, m in modules.items()}),
         **header,
     }
+    weights = [m.weight for m in modules.values()]
+    sharded.first_alone(weights, lambda: _write(os.path.abspath(path), tensors, about))
+
+
+def _write(path: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
         complete = os.path.join(room, "delta")
         save_file(tensors, complete, about)
@@ -88,10 +94,10 @@ def contents(
     tensors: dict[str, Tensor] = {}
     forms: dict[str, str] = {}
     for name, m in modules.items():
-        forms[name], parts = encode(m.weight.detach(), m.touched.blocks, form)
+        forms[name], parts = encode(sharded.whole(m.weight), m.touched.blocks, form)
         tensors.update({f"{name}.{key}": t for key, t in parts.items()})
         if m.bias is not None and m.touched.bias is not None:
-            tensors[f"{name}.bias"] = m.bias.detach().cpu().contiguous()
+            tensors[f"{name}.bias"] = sharded.whole(m.bias).cpu().contiguous()
     return forms, tensors
 
 
@@ -114,6 +120,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             are not the base it was made from. Nothing has changed then.
     """
     header, tensors = read(path)
+    sharded.settle(model)
     try:
         linears = targets(model, header, tensors)
     except ValueError as error:
@@ -134,9 +141,9 @@ def put(linears: Mapping[str, AnyLinear], tensors: Mapping[str, Tensor]) -> None
             if bias is not None:
                 linear.touched.add_bias(linear.bias)
         for at, values in entries:
-            weight[at] = values
+            sharded.write_(weight, at, values)
         if bias is not None and linear.bias is not None:
-            linear.bias.copy_(bias)
+            sharded.assign_(linear.bias, bias)
         if isinstance(linear, SubnetLinear):
             linear.adopt_weight()
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import delta
+from . import delta, sharded
 from .profile import Profile
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ REMEDY = {
     "batches to calibrate with": "give calibrate() equally many batches on every rank",
     "base weights": "load the same checkpoint, or set the same seed, on every rank before attach()",
     "subnets": "select() the same indices on every rank, or leave it to the schedule",
-    "weights": "load the same weights on every rank, and let gradients be averaged: call the "
+    "weights": "load the same weights on every rank before attach(), and let gradients be averaged: call the "
     "DistributedDataParallel model in training, wrapped after attach(), not the model inside it",
     "importance": "every rank must take part in the reductions of every step, on the same kind of device",
 }
@@ -84,6 +84,8 @@ class Ranks:
             "weights": _digest(losia.model.named_parameters()),
             "importance": _importance(losia.modules),
         }
+        if any(sharded.is_sharded(p) for p in losia.model.parameters()):
+            parts["weights"] += losia.start_digest
         self.check(when, parts)
 
     def check_step(self, losia: Losia) -> None:
@@ -112,17 +114,22 @@ def ranks_of(losia: Losia, group: dist.ProcessGroup | None) -> Ranks | None:
     """The ranks of ``group``, by default of all processes; None if this process trains alone.
 
     Raises:
-        TypeError: sharded weights.
+        TypeError: weights that are split otherwise than by FSDP2.
+        ValueError: they are split over other processes than these.
     """
-    modules = list(losia.modules.values())
-    if any(hasattr(p, "device_mesh") for m in modules for p in m.parameters()):
-        raise TypeError(
-            "weights are sharded (FSDP or tensor parallel), which is not supported yet; "
-            "use DistributedDataParallel"
-        )
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) < 2:
+    together = dist.is_available() and dist.is_initialized()
+    size = dist.get_world_size(group) if together else 1
+    sharded.check(losia.model, losia.modules, size)
+    if size < 2:
         return None
-    return Ranks(group, modules[0].weight.device)
+    return Ranks(group, next(iter(losia.modules.values())).out_idx.device)
+
+
+def start_digest(model: nn.Module) -> str:
+    """Of all that a model starts from, where there are other processes: once sharded, no rank has it whole."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return ""
+    return _digest(model.named_parameters())
 
 
 def keep_from_broadcast(model: nn.Module, modules: Iterable[SubnetLinear]) -> None:
@@ -149,14 +156,15 @@ def _indices(model: nn.Module, modules: Iterable[SubnetLinear]) -> list[str]:
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    matrices = {n: t.detach().reshape(t.shape[0] if t.dim() else 1, -1) for n, t in tensors}
-    return delta.digest(matrices)
+    """Of what every rank has the whole of."""
+    held = ((n, t.detach()) for n, t in tensors if not sharded.is_sharded(t))
+    return delta.digest({n: t.reshape(t.shape[0] if t.dim() else 1, -1) for n, t in held})
 
 
 def _importance(modules: Mapping[str, SubnetLinear]) -> str:
     held = [(n, m.profile) for n, m in modules.items() if isinstance(m.profile, Profile)]
     buffers = [(f"{n}.{k}", getattr(p, k)) for n, p in held for k in ("importance", "uncertainty")]
-    return _digest(buffers)
+    return _digest(buffers) + str([int(p.checksum) for _, p in held])
 
 
 def _places(modules: Mapping[str, SubnetLinear]) -> str:

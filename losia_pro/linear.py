@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import sharded
 from .base import Touched
 from .config import subnet_size
 from .functional import GradientSink, checked
@@ -124,6 +125,7 @@ class SubnetLinear(nn.Linear):
         self.profile: GradientSink | None = None
         self.shared = shared
         self.touched = Touched()
+        self.own: sharded.OwnRows | None = None
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -145,9 +147,8 @@ class SubnetLinear(nn.Linear):
 
     def _block(self) -> Tensor:
         """The subnet's entries as the dense weight holds them, in the compact dtype."""
-        with torch.no_grad():
-            rows = self.weight.index_select(0, self.out_idx)
-            return rows.index_select(1, self.in_idx).to(self._compact_dtype())
+        block = sharded.read(self.weight, (self.out_idx[:, None], self.in_idx))
+        return block.to(self._compact_dtype())
 
     def _compact_dtype(self) -> torch.dtype:
         dtype = self.weight.dtype
@@ -195,10 +196,7 @@ class SubnetLinear(nn.Linear):
     def write_back(self) -> None:
         """``W[out_idx][:, in_idx] = subnet``, rounded to the weight's dtype. Idempotent."""
         self.touched.refuse_base()
-        torch.ops.losia_pro.write_back_(
-            [self.weight], [self.subnet], [self.out_idx], [self.in_idx], impl=self.impl
-        )
-        self.mark_written()
+        write_together([self], self.impl)
 
     def mark_written(self) -> None:
         """The dense weight holds the subnet as it is now."""
@@ -216,9 +214,9 @@ class SubnetLinear(nn.Linear):
     def adopt_weight(self) -> None:
         """Take over a dense weight that was set from outside: compact values that round to what is there
         are kept, the others are read from it."""
-        block = self._block()
-        same = self.subnet.to(self.weight.dtype) == block.to(self.weight.dtype)
-        self.subnet.copy_(torch.where(same, self.subnet, block))
+        block, subnet = self._block(), sharded.whole(self.subnet)
+        same = subnet.to(self.weight.dtype) == block.to(self.weight.dtype)
+        sharded.assign_(self.subnet, torch.where(same, subnet, block))
         self.mark_written()
 
     def to_linear(self) -> nn.Linear:
@@ -280,6 +278,15 @@ class SubnetLinear(nn.Linear):
         if self.profile is not None:
             self.profile.follow()
         return self
+
+
+@torch.no_grad()
+def write_together(modules: Sequence[SubnetLinear], impl: str | None) -> None:
+    """``SubnetLinear.write_back`` for several, in one launch."""
+    weights, subnets, out_idx, in_idx = sharded.own_parts(modules)
+    torch.ops.losia_pro.write_back_(weights, subnets, out_idx, in_idx, impl=impl)
+    for m in modules:
+        m.mark_written()
 
 
 def _sizes(

@@ -38,7 +38,7 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
     if missing:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "
-            "create it with losia.parameters()"
+            "create it with losia.parameters(), after fully_shard() if that is used"
         )
     short = [n for n, subnet in subnets.items() if subnet.dtype == torch.bfloat16]
     if short and not getattr(optimizer, "bf16_stochastic_round", False):

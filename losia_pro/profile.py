@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
-from . import ops, reference, torch_ops
+from . import ops, reference, sharded, torch_ops
 from .config import LosiaConfig
 from .localize import localize_together
 from .selection import select_together
@@ -29,23 +29,40 @@ class Profile:
 
     A compiled backward cannot hand over anything but gradients. There the product is the gradient of ``full``, a
     leaf of the weight's shape that takes no memory, and autograd sums it up.
+
+    ``importance`` and ``uncertainty`` are sharded as the weight is; ``checksum`` is then a sum over the bits of all
+    the gradients that they come from, the same on every rank unless one missed a reduction.
     """
 
     def __init__(self, module: SubnetLinear, config: LosiaConfig) -> None:
         self.module, self.config = module, config
         dtype = importance_dtype(module.weight.dtype)
-        weight = module.weight
-        self.importance = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        self.subnet = module.subnet  # the trained one: in a backward, the module's may be gathered
+        self.importance = torch.zeros_like(
+            module.weight,
+            dtype=dtype,
+            device=module.out_idx.device,
+            requires_grad=False,
+            memory_format=torch.contiguous_format,
+        )
         self.uncertainty = torch.zeros_like(self.importance)
+        self.checksum = torch.zeros((), dtype=torch.int64, device=self.importance.device)
+        self._reduced = {"yet": True}  # whether what was added so far is in subnet.grad
+        if sharded.is_sharded(self.subnet):  # FSDP2 may put it there in a later backward only
+            self._reduced["yet"] = False
+            reduced = self._reduced
+            hook = self.subnet.register_post_accumulate_grad_hook(
+                lambda _: reduced.update(yet=True)
+            )
+            weakref.finalize(self, hook.remove)
         self.pending: tuple[Tensor, Tensor] | None = None
         self._backward = -1
         self.full = self._leaf()
-        _at_gradients(self, self.full, module.subnet)
+        _at_gradients(self, self.full, self.subnet)
 
     def _leaf(self) -> Tensor:
-        weight = self.module.weight
-        zero = torch.zeros((), dtype=ops.compact_dtype(weight.dtype), device=weight.device)
-        return zero.expand(weight.shape).requires_grad_()
+        zero = torch.zeros((), dtype=self._compact(), device=self.importance.device)
+        return zero.expand(self.module.weight.shape).requires_grad_()
 
     @property
     def grad(self) -> Tensor | None:
@@ -77,39 +94,54 @@ class Profile:
 
         What a discarded step left behind (an overflow under ``GradScaler``, a ``zero_grad`` without a
         step) is dropped: a new backward that finds no gradient on the subnet, or one that was set to
-        zero, starts a new step.
+        zero, starts a new step. (Set to zero is not noticed under FSDP2, where a rank has a part of it, or nothing.)
         """
         backward = torch._C._current_graph_task_id()
         if backward == self._backward:
             return
         self._backward = backward
-        if self.module.subnet.grad is None:
-            self.discard()
+        if self.subnet.grad is None:
+            if self._reduced["yet"]:
+                self.discard()
         elif self.grad is not None or self.pending is not None:
             if self.pending is not None:
                 self._fold()
-            self._drop_if_zeroed()
+            if not sharded.is_sharded(self.subnet):
+                self._drop_if_zeroed()
 
     def _fold(self) -> None:
         assert self.pending is not None
         if self.grad is None:
-            dtype = ops.compact_dtype(self.module.weight.dtype)
-            self.grad = torch_ops.product(*self.pending, dtype)
+            self.grad = torch_ops.product(*self.pending, self._compact())
         else:
             torch_ops.add_product_(self.grad, *self.pending)
         self.pending = None
+
+    def _compact(self) -> torch.dtype:
+        """The gradient's dtype, from the weight's own: in a backward, that may be cast."""
+        return ops.compact_dtype(self.importance.dtype)
+
+    def _whole_grad(self) -> Tensor:
+        """All that was added, as one matrix; zeros if nothing was."""
+        if self.pending is not None:
+            self._fold()
+        if self.grad is None:
+            shape, device = self.module.weight.shape, self.importance.device
+            self.grad = torch.zeros(shape, dtype=self._compact(), device=device)
+        return self.grad
 
     def _drop_if_zeroed(self) -> None:
         """Without a device sync: if ``subnet.grad`` is zero where the gradients kept here are not, it was
         set to zero since they came."""
         m = self.module
-        assert self.grad is not None and m.subnet.grad is not None
+        assert self.grad is not None and self.subnet.grad is not None
         mine = self.grad.index_select(0, m.out_idx).index_select(1, m.in_idx)
-        self.grad.masked_fill_(mine.any() & ~m.subnet.grad.any(), 0)
+        self.grad.masked_fill_(mine.any() & ~self.subnet.grad.any(), 0)
 
     def discard(self) -> None:
         """Forget the gradients of the present step."""
         self.grad = self.pending = None
+        self._reduced["yet"] = not sharded.is_sharded(self.subnet)
 
     @torch.no_grad()
     def update(self, scale: float = 1.0, reduce: Callable[[Tensor], None] | None = None) -> None:
@@ -118,32 +150,35 @@ class Profile:
         ``reduce`` makes the whole batch's gradient of this process's, in place; zeros if it has none.
         """
         c, weight = self.config, self.module.weight
-        if reduce is not None:
-            if self.pending is not None:
-                self._fold()
-            if self.grad is None:
-                dtype = ops.compact_dtype(weight.dtype)
-                self.grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-            reduce(self.grad)
-        dy, x = self.pending or (weight.new_empty(0, size) for size in weight.shape)
-        torch.ops.losia_pro.importance_update_(
-            self.importance, self.uncertainty, weight, dy, x, self.grad,
-            c.beta1, c.beta2, c.importance, scale=scale, impl=c.impl,
-        )  # fmt: skip
+        importance, uncertainty = sharded.local(self.importance), sharded.local(self.uncertainty)
+        own = sharded.local(weight).to(importance.device)
+        grad = self.grad
+        if reduce is not None or sharded.is_sharded(weight):
+            grad = self._whole_grad()
+            if reduce is not None:
+                reduce(grad)
+        if grad is not None and sharded.is_sharded(weight):
+            self.checksum += grad.view(torch.int32).sum(dtype=torch.int64)
+            grad = grad[sharded.rows(weight)]
+        dy, x = self.pending or (own.new_empty(0, size) for size in own.shape)
+        if own.numel():
+            torch.ops.losia_pro.importance_update_(
+                importance, uncertainty, own, dy, x, grad,
+                c.beta1, c.beta2, c.importance, scale=scale, impl=c.impl,
+            )  # fmt: skip
         self.discard()
 
     def score(self) -> Tensor:
-        """``s = I U`` (or what ``config.score`` says), ``(out, in)``, in fp32 (fp64 for fp64 weights)."""
-        dtype = ops.compact_dtype(self.module.weight.dtype)
+        """``s = I U`` (or what ``config.score`` says), ``(out, in)``, in fp32 (fp64 for fp64 weights); whole."""
+        dtype = self._compact()
         importance, uncertainty = self.importance.to(dtype), self.uncertainty.to(dtype)
-        return reference.score(importance, uncertainty, self.config.score)
+        return sharded.whole(reference.score(importance, uncertainty, self.config.score))
 
     def follow(self) -> None:
         """Move to the device and dtype that the layer's weight has now."""
-        weight = self.module.weight
-        dtype = importance_dtype(weight.dtype)
-        self.importance = self.importance.to(weight.device, dtype)
-        self.uncertainty = self.uncertainty.to(weight.device, dtype)
+        device, dtype = self.module.out_idx.device, importance_dtype(self.module.weight.dtype)
+        self.importance = self.importance.to(device, dtype)
+        self.uncertainty = self.uncertainty.to(device, dtype)
         self.discard()
         self.full = self._leaf()
         _at_gradients(self, self.full)

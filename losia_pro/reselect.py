@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import sharded
 from .optimizer import forget
 from .profile import Move, relocate
 
@@ -37,9 +38,10 @@ class Reselection(NamedTuple):
 def lost_to_rounding(module: SubnetLinear, before: Tensor) -> float:
     """The share of the changes from ``before`` (``subnet``'s shape) to the subnet that leave the dense weight as it
     is; to be called before the write-back."""
-    changed = module.subnet != before
-    rounded = module.subnet.to(module.weight.dtype)
-    now = module.weight.index_select(0, module.out_idx).index_select(1, module.in_idx)
+    subnet = sharded.whole(module.subnet)
+    changed = subnet != sharded.whole(before)
+    rounded = subnet.to(module.weight.dtype)
+    now = sharded.read(module.weight, (module.out_idx[:, None], module.in_idx))
     lost, all_changed = (
         torch.stack([changed & (rounded == now), changed]).flatten(1).sum(1).tolist()
     )

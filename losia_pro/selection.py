@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import sharded
+
 if TYPE_CHECKING:
     from .linear import SubnetLinear
 
@@ -26,12 +28,13 @@ def select_together(
         m.write_back()
         at_row, row_stays = _positions(out, m.out_idx)
         at_column, column_stays = _positions(into, m.in_idx)
-        kept.append((m.subnet[at_row[:, None], at_column], row_stays[:, None] & column_stays))
+        subnet = sharded.whole(m.subnet)
+        kept.append((subnet[at_row[:, None], at_column], row_stays[:, None] & column_stays))
     for m, out, into, (exact, stays) in zip(modules, rows, columns, kept, strict=True):
         m.out_idx.copy_(out)
         m.in_idx.copy_(into)
         m._guard.selected()
-        m.subnet.copy_(torch.where(stays, exact, m._block()))
+        sharded.assign_(m.subnet, torch.where(stays, exact, m._block()))
         m.mark_written()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import delta
+from . import delta, sharded
 from .entries import decode
 from .kinds import find_linear
 from .linear import SubnetLinear
@@ -94,6 +94,10 @@ class Delta:
                     f"{self.path}: the model is attached for training, which load_delta is for; detach() it"
                 )
             assert linear is not None
+            if sharded.is_sharded(linear.weight):
+                raise ValueError(
+                    f"{self.path}: {name} is sharded; apply the delta before fully_shard()"
+                )
             parts += [(linear.weight, *e) for e in decode(linear.weight, name, self._tensors)]
             bias = self._tensors.get(f"{name}.bias")
             if bias is not None and linear.bias is not None:

@@ -7,6 +7,7 @@ import toys
 
 import losia_pro
 from losia_pro import LosiaConfig
+from losia_pro.sharded import whole
 
 LR = 1e-2
 
@@ -22,7 +23,7 @@ def attached(config=None, dtype=torch.float64, model=None, optimizer=None, scale
 
 def profiles(losia) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
-        n: (m.profile.importance.clone(), m.profile.uncertainty.clone())
+        n: (whole(m.profile.importance).clone(), whole(m.profile.uncertainty).clone())
         for n, m in losia.modules.items()
         if m.profile is not None
     }

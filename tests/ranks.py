@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losia_pro
 from losia_pro import LosiaConfig
+from losia_pro.sharded import whole
 
 CONFIG = LosiaConfig(rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bias=True)
 LR, MOMENTUM, STEPS, BATCH = 0.1, 0.9, 14, 12  # re-selections after 3, 6, 9 and 12 steps
@@ -75,10 +77,12 @@ class Run:
     ):
         self.model: nn.Module = toys.stack(dtype, seed) if model is None else model
         self.losia = losia_pro.attach(self.model, config)
-        wrap = wrap and dist.is_initialized()
-        self.net = DistributedDataParallel(self.model, **ddp) if wrap else self.model
+        self.net = self.wrapped(**ddp) if wrap and dist.is_initialized() else self.model
         self.optimizer = make(self.losia.parameters())
         self.bytes: list[int] = []  # a bucket's bytes, each time that one is reduced
+
+    def wrapped(self, **ddp: Any) -> nn.Module:
+        return DistributedDataParallel(self.model, **ddp)
 
     def bind(self, **how: Any) -> Run:
         self.losia.bind(self.optimizer, **how)
@@ -95,11 +99,15 @@ class Run:
             self.optimizer.zero_grad()
             parts = list(zip(*(t.chunk(micro) for t in share(batch)), strict=True))
             for i, part in enumerate(parts):
-                waits = i + 1 < len(parts) and dist.is_initialized()
-                with self.net.no_sync() if waits else contextlib.nullcontext():
+                with self.in_sync(i + 1 == len(parts)):
                     (toys.loss_of(self.net, part) / micro).backward()
             self.optimizer.step()
         return self
+
+    def in_sync(self, yes: bool) -> AbstractContextManager[Any]:
+        """Whether a backward's gradients are averaged."""
+        alone = yes or not dist.is_initialized()
+        return contextlib.nullcontext() if alone else self.net.no_sync()
 
     def state(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "losia": self.losia}
@@ -116,10 +124,28 @@ class Run:
         return {
             "places": toys.indices(self.losia),
             "steps": [(r.step, r.name) for r in self.losia.history],
-            "model": {n: t.detach().clone() for n, t in self.model.state_dict().items()},
+            "model": self.end_of_model(),
             "profiles": profiles(self.losia),
-            "subnets": {n: m.subnet.detach().clone() for n, m in self.losia.modules.items()},
+            "subnets": {n: whole(m.subnet).clone() for n, m in self.losia.modules.items()},
         }
+
+    def end_of_model(self) -> dict[str, torch.Tensor]:
+        return {n: whole(t).clone() for n, t in self.model.state_dict().items()}
+
+
+class Sharded(Run):
+    """The same loop on a model that FSDP2 shards, block by block."""
+
+    def wrapped(self, **fsdp: Any) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.model.layers:
+            fully_shard(layer, **fsdp)
+        return fully_shard(self.model, **fsdp)
+
+    def in_sync(self, yes: bool) -> AbstractContextManager[Any]:
+        self.net.set_requires_gradient_sync(yes)
+        return contextlib.nullcontext()
 
 
 def _counting(seen, bucket):

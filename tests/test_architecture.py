@@ -20,7 +20,6 @@ PACKAGE = ROOT / "losia_pro"
 # From the bottom up: a room imports rooms of lower floors only.
 FLOORS: list[tuple[str, ...]] = [
     (
-        "base",
         "config",
         "guard",
         "localize",
@@ -29,10 +28,11 @@ FLOORS: list[tuple[str, ...]] = [
         "rounding",
         "saved",
         "schedule",
-        "selection",
+        "sharded",
         "shared",
         "tables",
     ),
+    ("base", "selection"),
     ("entries", "torch_ops"),
     ("_cuda", "kernels"),
     ("_cuda_ops",),

@@ -9,11 +9,9 @@ import pytest
 import torch
 import toys
 from ranks import CONFIG, Run, data, launch, rank_and_size
-from torch import nn
 from torch.distributed import new_group
 from torch.nn.parallel import DistributedDataParallel
 
-import losia_pro
 from losia_pro import profile
 
 ODD = 1  # the rank that is tampered with, of three
@@ -173,20 +171,3 @@ def alone_in_a_group() -> bool:
 
 def test_a_group_of_one_trains_alone(tmp_path):
     assert launch(alone_in_a_group, 2, tmp_path) == [True, True]
-
-
-def sharded() -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model: nn.Module = toys.stack()
-    losia = losia_pro.attach(model)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(TypeError) as error:
-        losia.bind(torch.optim.AdamW(losia.parameters()))
-    return str(error.value)
-
-
-def test_sharded_weights_are_refused(tmp_path):
-    for message in launch(sharded, 2, tmp_path):
-        assert "use DistributedDataParallel" in message

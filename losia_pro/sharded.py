@@ -1,0 +1,239 @@
+"""Parameters that FSDP2 (``torch.distributed.fsdp.fully_shard``) shards: each process holds some of their rows.
+
+Outside a forward and a backward, such a parameter is a ``DTensor`` split along its first dimension: rank ``r`` of
+``n`` holds rows ``[r c, (r + 1) c)``, ``c = ceil(rows / n)``. What is here takes plain tensors too, which are whole.
+Functions that say *collective* are for every process, in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .linear import SubnetLinear
+
+Index = tuple[Tensor, Tensor] | Tensor  # of a matrix: rows (n, 1) and columns, or a mask
+
+_BYTES = (
+    torch.uint8
+)  # whose sum with zeros is exact whatever they mean, and which every backend adds
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a ``DTensor``; asked without importing that."""
+    return hasattr(t, "device_mesh")
+
+
+def local(t: Tensor) -> Tensor:
+    """The rows that this process holds, in ``t``'s own memory."""
+    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined, no-any-return]
+
+
+def rows(t: Tensor) -> slice:
+    """Which rows of ``t`` they are."""
+    if not is_sharded(t):
+        return slice(0, len(t))
+    n, rank, _ = _shards(t)
+    first = min(rank * -(-len(t) // n), len(t))
+    return slice(first, first + len(local(t)))
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of ``t``, on the device that computes; collective."""
+    if not is_sharded(t):
+        return t.detach()
+    mesh: Any = t.device_mesh  # type: ignore[attr-defined]
+    on_device = t.detach().to(mesh.device_type)  # from the CPU, if it is offloaded
+    return on_device.full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+
+def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same for several matrices, by one collective for those of one dtype."""
+    answer = [t.detach() for t in tensors]
+    alike: dict[Any, list[int]] = {}
+    for k, t in enumerate(tensors):
+        if is_sharded(t):
+            alike.setdefault((t.device_mesh, t.placements, t.dtype), []).append(k)  # type: ignore[attr-defined]
+    for (mesh, placements, dtype), chosen in alike.items():
+        n = _shards(tensors[chosen[0]])[0]
+        counts = [-(-len(tensors[k]) // n) for k in chosen]  # rows of each on rank 0, the most
+        widths = [tensors[k].shape[1] for k in chosen]
+        sizes = [c * w for c, w in zip(counts, widths, strict=True)]
+        mine = torch.zeros(sum(sizes), dtype=dtype, device=mesh.device_type)
+        for k, part in zip(chosen, mine.split(sizes), strict=True):
+            held = local(tensors[k].detach())
+            part[: held.numel()].copy_(held.flatten())
+        parts = _side_by_side(mine, mesh, placements).view(n, -1).split(sizes, 1)
+        for k, part, count, width in zip(chosen, parts, counts, widths, strict=True):
+            answer[k] = part.reshape(n * count, width)[: len(tensors[k])]
+    return answer
+
+
+@torch.no_grad()
+def assign_(t: Tensor, values: Tensor) -> None:
+    """``t[...] = values``, where ``values`` are whole: each process takes its own rows."""
+    local(t).copy_(values[rows(t)])
+
+
+@torch.no_grad()
+def read(t: Tensor, at: Index) -> Tensor:
+    """``t[at]`` of a matrix; collective. Only the entries asked for travel, if ``at`` is a block."""
+    if not is_sharded(t):
+        return t[at].detach()
+    if isinstance(at, Tensor):
+        return whole(t)[at]
+    own, (inside, here) = local(t), _block(t, at)
+    device = t.device_mesh.device_type  # type: ignore[attr-defined]
+    block = torch.zeros(len(at[0]), len(at[1]), dtype=t.dtype, device=device)
+    block[inside.to(device)] = own[here].to(device)
+    dist.all_reduce(block.view(_BYTES), group=_shards(t)[2])
+    return block
+
+
+@torch.no_grad()
+def write_(t: Tensor, at: Index, values: Tensor) -> None:
+    """``t[at] = values``, where ``values`` are whole: each process writes its own rows."""
+    own, held = local(t), rows(t)
+    if not is_sharded(t):
+        t[at] = values.to(t.device)
+    elif isinstance(at, Tensor):
+        first, last = int(at[: held.start].sum()), int(at[: held.stop].sum())
+        own[at[held].to(own.device)] = values[first:last].to(own.device)
+    else:
+        inside, here = _block(t, at)
+        own[here] = values.to(own.device)[inside]
+
+
+def _block(t: Tensor, at: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which rows of a block are this process's, and where they lie in what it holds of ``t``."""
+    held, device = rows(t), local(t).device
+    row, column = at[0].flatten().to(device), at[1].to(device)
+    inside = (row >= held.start) & (row < held.stop)
+    return inside, ((row[inside] - held.start)[:, None], column)
+
+
+class OwnRows:
+    """Which rows of a subnet lie in the part of the dense weight that this process holds.
+
+    ``out_idx`` is sorted, so they are consecutive: ``part``; ``out_idx`` counts from the first row held, and is
+    with ``in_idx`` on the device where the weight is.
+    """
+
+    def __init__(self, module: SubnetLinear) -> None:
+        self.of = module.out_idx._version, module.in_idx._version
+        held, device = rows(module.weight), local(module.weight).device
+        ends = module.out_idx.new_tensor([held.start, held.stop])
+        self.part = slice(*torch.searchsorted(module.out_idx, ends).tolist())
+        self.out_idx = (module.out_idx[self.part] - held.start).to(device)
+        self.in_idx = module.in_idx.to(device)
+
+
+def own_parts(modules: Sequence[SubnetLinear]) -> tuple[list[Tensor], ...]:
+    """Weights, subnets, ``out_idx`` and ``in_idx`` for a write-back of what this process holds; collective."""
+    subnets = whole_together([m.subnet for m in modules])
+    parts: list[tuple[Tensor, ...]] = []
+    for m, subnet in zip(modules, subnets, strict=True):
+        if not is_sharded(m.weight):
+            parts.append((m.weight, subnet, m.out_idx, m.in_idx))
+            continue
+        if m.own is None or m.own.of != (m.out_idx._version, m.in_idx._version):
+            m.own = OwnRows(m)
+        if len(m.own.out_idx):
+            weight = local(m.weight)
+            mine = subnet[m.own.part].to(weight.device)
+            parts.append((weight, mine, m.own.out_idx, m.own.in_idx))
+    return tuple([part[k] for part in parts] for k in range(4))
+
+
+def first_alone(parameters: Iterable[Tensor], work: Callable[[], None]) -> None:
+    """``work()``, by the first process alone of those that the parameters are sharded over; collective.
+
+    Raises:
+        Exception: on all of them, what it raised.
+    """
+    meshes: list[Any] = [t.device_mesh for t in parameters if is_sharded(t)]  # type: ignore[attr-defined]
+    first = not meshes or not any(meshes[0].get_coordinate())
+    failed: list[Exception | None] = [None]
+    if first:
+        try:
+            work()
+        except Exception as error:
+            failed[0] = error
+    for group in meshes[0].get_all_groups() if meshes else ():
+        dist.broadcast_object_list(failed, group=group, group_src=0)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def settle(model: nn.Module) -> None:
+    """Let the model hold its sharded parameters: after a forward without a backward, some may be whole still,
+    and what is written into those is lost."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check(model: nn.Module, modules: Mapping[str, SubnetLinear], n_ranks: int) -> None:
+    """Refuse parameters that are split otherwise than FSDP2 does by default.
+
+    Raises:
+        TypeError: they are; names the linear.
+        ValueError: they are split over other processes than the ``n_ranks`` that train together.
+    """
+    for name, m in modules.items():
+        shape = getattr(m, "weight", torch.empty(0)).shape
+        if shape != (m.out_features, m.in_features):
+            raise TypeError(
+                f"{name}.weight is {tuple(shape)}, not {(m.out_features, m.in_features)}: FullyShardedDataParallel "
+                "and DeepSpeed's ZeRO-3 are not supported; use torch.distributed.fsdp.fully_shard"
+            )
+        for parameter in m.parameters():
+            if is_sharded(parameter):
+                _check_placements(model, name, parameter, n_ranks)
+
+
+def _check_placements(model: nn.Module, name: str, t: Any, n_ranks: int) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise TypeError(
+            f"{name} is split by tensor parallelism, which is not supported; "
+            "use torch.distributed.fsdp.fully_shard"
+        )
+    odd = [p for p in t.placements if not p.is_replicate()]
+    if len(odd) > 1 or not all(type(p).__name__ == "Shard" and p.dim == 0 for p in odd):
+        raise TypeError(
+            f"{name} is placed as {t.placements}; only parameters split once, along their first dimension, are "
+            "supported: fully_shard() without tensor parallelism and without a shard_placement_fn"
+        )
+    if t.device_mesh.size() != n_ranks:
+        raise ValueError(
+            f"{name} is on a mesh of {t.device_mesh.size()} processes, but {n_ranks} train together; "
+            "give bind(process_group=...) those of the mesh"
+        )
+
+
+def _side_by_side(mine: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """What each process has, as equally much, one after the other."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
+
+
+def _shards(t: Any) -> tuple[int, int, Any]:
+    """How many processes share the rows of ``t``, which of them this one is, and their group."""
+    split = [k for k, p in enumerate(t.placements) if p.is_shard()]
+    if not split:  # on every process
+        return 1, 0, None
+    mesh = t.device_mesh
+    return mesh.size(split[0]), mesh.get_local_rank(split[0]), mesh.get_group(split[0])
