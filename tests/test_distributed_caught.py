@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import toys
-from ranks import CONFIG, Run, data, launch, rank_and_size
+from ranks import CONFIG, Run, Sharded, data, launch, rank_and_size
 from torch.distributed import new_group
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,13 +27,19 @@ def other_first(idx: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat((idx[1:], idx.new_tensor([free]))).sort().values
 
 
-def base_weights() -> None:
-    Run(
-        seed=rank_and_size()[0] == ODD
-    ).bind()  # DistributedDataParallel sends rank 0's: too late for the delta
+def base_weights(new: type[Run]) -> None:
+    new(seed=int(is_odd())).bind()  # DistributedDataParallel sends rank 0's: too late for the delta
 
 
-def weights_after_the_wrapper() -> None:
+def frozen_weights(new: type[Run]) -> None:
+    model = toys.stack(torch.float64)
+    if is_odd():
+        with torch.no_grad():
+            model.norm.weight[3] += 1e-12
+    new(model=model).bind()
+
+
+def weights_after_the_wrapper(new: type[Run]) -> None:
     run = Run()
     if is_odd():
         with torch.no_grad():
@@ -41,11 +47,11 @@ def weights_after_the_wrapper() -> None:
     run.bind()
 
 
-def another_seed() -> None:
-    Run(dataclasses.replace(CONFIG, seed=int(is_odd()))).bind()
+def another_seed(new: type[Run]) -> None:
+    new(dataclasses.replace(CONFIG, seed=int(is_odd()))).bind()
 
 
-def first_subnets() -> None:
+def first_subnets(new: type[Run]) -> None:
     run = Run()
     if is_odd():
         m = run.losia.modules["layers.0.up"]
@@ -53,15 +59,15 @@ def first_subnets() -> None:
     run.bind()
 
 
-def subnets_on_the_way() -> None:
-    run = Run().bind().go(data()[:4])
+def subnets_on_the_way(new: type[Run]) -> None:
+    run = new().bind().go(data()[:4])
     if is_odd():
         m = run.losia.modules["layers.1.down"]
-        m.select(m.out_idx, other_first(m.in_idx, m.in_features))
+        m.in_idx.copy_(other_first(m.in_idx, m.in_features))
     run.go(data()[4:])
 
 
-def a_choice_of_its_own() -> None:
+def a_choice_of_its_own(new: type[Run]) -> None:
     choose = profile.localize_together
 
     def other(scores, *rest):
@@ -71,13 +77,13 @@ def a_choice_of_its_own() -> None:
     if is_odd():
         profile.localize_together = other
     try:
-        Run().bind().go(data())
+        new().bind().go(data())
     finally:
         profile.localize_together = choose
 
 
-def a_dropped_reduction() -> None:
-    run = Run().bind().go(data()[:1])
+def a_dropped_reduction(new: type[Run]) -> None:
+    run = new().bind().go(data()[:1])
     mean = run.losia._ranks.mean_
     if is_odd():
         run.losia._ranks.mean_ = lambda grad: mean(grad.clone())
@@ -86,13 +92,13 @@ def a_dropped_reduction() -> None:
     run.go(data()[2:])
 
 
-def the_model_inside() -> None:
+def the_model_inside(new: type[Run]) -> None:
     run = Run().bind()
     run.net = run.model
     run.go(data())
 
 
-def attached_after_the_wrapper() -> None:
+def attached_after_the_wrapper(new: type[Run]) -> None:
     model = toys.stack(torch.float64)
     net = DistributedDataParallel(model)
     run = Run(model=model, wrap=False).bind()
@@ -100,29 +106,29 @@ def attached_after_the_wrapper() -> None:
     run.go(data())
 
 
-def another_step() -> None:
-    run = Run().bind().go(data()[:6])
-    early = Run().bind().go(data()[:2]).state()
-    Run().load(early if is_odd() else run.state()).bind()
+def another_step(new: type[Run]) -> None:
+    late = new().bind().go(data()[:6]).state()
+    early = new().bind().go(data()[:2]).state()
+    new().load(early if is_odd() else late).bind()
 
 
-def another_step_after_bind() -> None:
-    run = Run().bind().go(data()[:6])
-    early = Run().bind().go(data()[:2]).state()
-    Run().bind().load(early if is_odd() else run.state())
+def another_step_after_bind(new: type[Run]) -> None:
+    late = new().bind().go(data()[:6]).state()
+    early = new().bind().go(data()[:2]).state()
+    new().bind().load(early if is_odd() else late)
 
 
-def batches_to_calibrate_with() -> None:
+def batches_to_calibrate_with(new: type[Run]) -> None:
     config = dataclasses.replace(CONFIG, init="calibrate")
-    Run(config).losia.calibrate(data()[: 3 - is_odd()], toys.loss_of)
+    new(config).losia.calibrate(data()[: 3 - is_odd()], toys.loss_of)
 
 
 CASES = {
-    base_weights: (r"at bind\(\), rank 1 .* in: base weights; .* before attach", "1"),
+    base_weights: (r"at bind\(\), rank 1 .* in: base weights.*; .* before attach", "1"),
     weights_after_the_wrapper: (r"at bind\(\), .* in: weights; load the same weights", "1"),
     another_seed: (r"at bind\(\), .* in: settings, subnets.*; .*LosiaConfig", "1"),
     first_subnets: (r"at bind\(\), .* in: subnets, weights; select\(\)", "1"),
-    subnets_on_the_way: (r"before the re-selection at step 6, .* in: subnets, weights", "1"),
+    subnets_on_the_way: (r"before the re-selection at step 6, .* in: subnets", "1"),
     a_choice_of_its_own: (r"after the re-selection at step 3, .* in: subnets; ", "1"),
     a_dropped_reduction: (r"before the re-selection at step 3, .* in: importance; ", "1"),
     the_model_inside: (r"after the first step, .* in: weights; .*DistributedDataParallel", "1, 2"),
@@ -131,17 +137,26 @@ CASES = {
     another_step_after_bind: (r"at load_state_dict\(\), .* in: step, .*; resume every rank", "1"),
     batches_to_calibrate_with: (r"at calibrate\(\), .* in: batches to calibrate with; ", "1"),
 }
+SHARDED = {
+    frozen_weights: (r"at bind\(\), .* in: weights; load the same weights on every rank before", "1"),
+    **{case: CASES[case] for case in (
+        base_weights, another_seed, subnets_on_the_way, a_choice_of_its_own, a_dropped_reduction,
+        another_step, another_step_after_bind, batches_to_calibrate_with,
+    )},
+}  # fmt: skip
 
 
 def all_cases() -> dict[str, str]:
     """The error that each case ends with."""
     errors = {}
-    for case in CASES:
-        try:
-            case()
-            errors[case.__name__] = "no error"
-        except RuntimeError as error:
-            errors[case.__name__] = str(error)
+    for new, cases in ((Run, CASES), (Sharded, SHARDED)):
+        for case in cases:
+            key = f"{new.__name__}-{case.__name__}"
+            try:
+                case(new)
+                errors[key] = "no error"
+            except RuntimeError as error:
+                errors[key] = str(error)
     return errors
 
 
@@ -150,13 +165,20 @@ def errors(tmp_path_factory):
     return launch(all_cases, 3, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=[c.__name__ for c in CASES])
+ALL = {
+    f"{new}-{case.__name__}": expected
+    for new, cases in (("Run", CASES), ("Sharded", SHARDED))
+    for case, expected in cases.items()
+}
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_every_rank_names_the_one_that_differs(errors, case):
-    pattern, odd = CASES[case]
-    first = errors[0][case.__name__]
+    pattern, odd = ALL[case]
+    first = errors[0][case]
     assert re.search(pattern, first), first
     assert f"rank {odd} differs from rank 0" in first
-    assert [e[case.__name__] for e in errors] == [first] * 3
+    assert [e[case] for e in errors] == [first] * 3
 
 
 def alone_in_a_group() -> bool:
