@@ -36,7 +36,8 @@ KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
 
 def state_of(losia: Losia) -> dict[str, Any]:
-    """See ``Losia.state_dict``."""
+    """See ``Losia.state_dict``. What can be more or less of than in a fresh run is in tuples, which
+    ``torch.distributed.checkpoint`` takes as one object each; all else it puts where a fresh run has the like."""
     base.refuse(losia)
     sharded.settle(losia.model)
     modules: dict[str, dict[str, Any]] = {}
@@ -46,13 +47,14 @@ def state_of(losia: Losia) -> dict[str, Any]:
             "out_idx": m.out_idx.clone(),
             "in_idx": m.in_idx.clone(),
             "subnet": _saved(m.subnet),
-            "touched": [list(pair) for pair in m.touched.blocks],
-            "base": list(m.touched.values),
-            "base_bias": m.touched.bias,
+            "touched": tuple(m.touched.blocks),
+            "base": tuple(m.touched.values),
+            "base_bias": () if m.touched.bias is None else (m.touched.bias,),
+            "profile": (),
         }
         if isinstance(m.profile, Profile):
-            modules[name]["importance"] = _saved(m.profile.importance)
-            modules[name]["uncertainty"] = _saved(m.profile.uncertainty)
+            p = m.profile
+            modules[name]["profile"] = _saved(p.importance), _saved(p.uncertainty)
     return {
         "version": STATE_VERSION,
         "config": losia.config.to_dict(),
@@ -110,6 +112,8 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     losia.base_digest = state["base_digest"]
     losia._calibrated = True
     saved = state["modules"]
+    for m in losia.modules.values():  # torch.distributed.checkpoint sets weights and tells nobody
+        m.adopt_weight()
     for names in losia.sets:
         modules = [losia.modules[n] for n in names]
         device = modules[0].out_idx.device
@@ -121,12 +125,12 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
         m.touched = base.Touched()
         m.touched.blocks = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
         m.touched.values = [values.cpu() for values in s["base"]]
-        m.touched.bias = None if s["base_bias"] is None else s["base_bias"].cpu()
+        m.touched.bias = s["base_bias"][0].cpu() if s["base_bias"] else None
         m.profile = None
-        if "importance" in s:
+        if s["profile"]:
             m.profile = Profile(m, losia.config)
-            sharded.assign_(m.profile.importance, s["importance"])
-            sharded.assign_(m.profile.uncertainty, s["uncertainty"])
+            sharded.assign_(m.profile.importance, s["profile"][0])
+            sharded.assign_(m.profile.uncertainty, s["profile"][1])
     losia.write_back()
     if losia._optimizer is not None:
         losia._set_profiled()

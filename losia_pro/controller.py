@@ -19,7 +19,7 @@ from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear, write_together
-from .optimizer import check_optimizer, innermost
+from .optimizer import check_optimizer, innermost, is_rehearsal
 from .profile import Profile
 from .reselect import Reselection, lost_to_rounding, reselect
 from .schedule import Schedule
@@ -168,7 +168,8 @@ class Losia:
         base.refuse(self)
         sharded.settle(self.model)
         check_optimizer(optimizer, self._subnets())  # fully_shard() puts others in their place
-        self._skip = found_inf is not None and bool(found_inf)
+        overflow = found_inf is not None and bool(found_inf)
+        self._skip = overflow or is_rehearsal(optimizer, self._ranks.any if self._ranks else bool)
         self._last = {
             n: m.subnet.detach().clone()
             for group in self.schedule.reselected(self.step)

@@ -51,6 +51,12 @@ class Ranks:
         dist.all_reduce(grad, group=self.group)
         grad /= self.size
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        there = torch.tensor(int(here), device=self.device)
+        dist.all_reduce(there, dist.ReduceOp.MAX, group=self.group)
+        return bool(there)
+
     def check(self, when: str, parts: Mapping[str, str]) -> None:
         """Compare digests of ``parts``, 8 bytes each; keys are those of ``REMEDY``.
 

@@ -1,12 +1,14 @@
-"""What an optimizer must be to train subnets, and what it forgets of one that moves."""
+"""What an optimizer must be to train subnets, which steps of it count, and what it forgets of one that moves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .sharded import local
 
 
 def innermost(optimizer: Any) -> Any:
@@ -47,6 +49,16 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
             "which loses small updates; use losia_pro.optim.AdamW, an optimizer of torchao with "
             "bf16_stochastic_round=True, or leave subnet_dtype out"
         )
+
+
+def is_rehearsal(optimizer: torch.optim.Optimizer, on_any_rank: Callable[[bool], bool]) -> bool:
+    """Whether a step is none: without learning rates and gradients, ``torch.distributed.checkpoint`` makes one
+    to let an optimizer create its state."""
+    rates = [g.get("lr", 1.0) for g in optimizer.param_groups]
+    if any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates):
+        return False
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+    return not on_any_rank(any(bool(local(g).any()) for g in grads if g is not None))
 
 
 def forget(optimizer: torch.optim.Optimizer, subnet: Tensor) -> None:
