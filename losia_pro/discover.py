@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .config import LosiaConfig, subnet_size
 from .kinds import join, linears_of, refuse
 from .linear import SubnetLinear
+from .sharded import is_sharded
 from .views import AnyLinear, View
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -234,6 +235,11 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
             raise ValueError(
                 f"{name} computes its weight from other parameters (weight_norm, pruning); make it a plain "
                 "one, or leave the layer out with target_modules"
+            )
+        if is_sharded(stored):
+            raise ValueError(
+                f"{name} is sharded already: attach() comes first, then fully_shard(); tensor parallelism is not "
+                "supported"
             )
         if stored.is_meta:
             raise ValueError(

@@ -24,6 +24,8 @@ _BYTES = (
     torch.uint8
 )  # whose sum with zeros is exact whatever they mean, and which every backend adds
 
+_PARALLEL = "tensor parallelism is not supported; shard the attached model by torch.distributed.fsdp.fully_shard()"
+
 
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a ``DTensor``; asked without importing that."""
@@ -183,6 +185,12 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
+def refuse_parallel(weight: Tensor) -> None:
+    """Raise a TypeError for a weight that a forward reads in parts."""
+    if is_sharded(weight):
+        raise TypeError(_PARALLEL)
+
+
 def check(model: nn.Module, modules: Mapping[str, SubnetLinear], n_ranks: int) -> None:
     """Refuse parameters that are split otherwise than FSDP2 does by default.
 
@@ -206,10 +214,7 @@ def _check_placements(model: nn.Module, name: str, t: Any, n_ranks: int) -> None
     from torch.distributed.fsdp import FSDPModule
 
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise TypeError(
-            f"{name} is split by tensor parallelism, which is not supported; "
-            "use torch.distributed.fsdp.fully_shard"
-        )
+        raise TypeError(f"{name}: {_PARALLEL}")
     odd = [p for p in t.placements if not p.is_replicate()]
     if len(odd) > 1 or not all(type(p).__name__ == "Shard" and p.dim == 0 for p in odd):
         raise TypeError(
