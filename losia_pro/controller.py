@@ -142,6 +142,7 @@ class Losia:
         self._set_profiled()
         self._ranks = ranks_of(self, process_group)
         if self._ranks:
+            self._handles.append(self.model.register_forward_pre_hook(self._ranks.refuse_join))
             self._ranks.check_start(self, "at bind()")
 
     def _unbind(self) -> None:
@@ -218,12 +219,11 @@ class Losia:
         """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it."""
         base.refuse(self)
         sharded.settle(self.model)
-        modules = list(self.modules.values())
-        if any(sharded.is_sharded(m.subnet) for m in modules):  # gathered for it, a group at a time
-            for group in range(len(self.groups)):
-                write_together(list(self.group_modules(group).values()), self.config.impl)
-        else:
-            write_together(modules, self.config.impl)
+        in_parts = any(sharded.is_sharded(m.subnet) for m in self.modules.values())
+        for names in (
+            self.groups if in_parts else [list(self.modules)]
+        ):  # in parts, each is gathered
+            write_together([self.modules[n] for n in names], self.config.impl)
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""
@@ -299,11 +299,7 @@ class Losia:
         Raises:
             TypeError: a model that FSDP2 shards: its modules stay what they were at ``fully_shard``.
         """
-        if any(sharded.is_sharded(m.weight) for m in self.modules.values()):
-            raise TypeError(
-                "detach() does not undo fully_shard(); the model's state dict is that of the plain model, and "
-                "save_delta() what changed: load either into a model that is not sharded"
-            )
+        sharded.refuse_detach(self.modules.values())
         self.write_back()
         self._unbind()
         for m in self.modules.values():

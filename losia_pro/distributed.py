@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,19 @@ class Ranks:
         there = torch.tensor(int(here), device=self.device)
         dist.all_reduce(there, dist.ReduceOp.MAX, group=self.group)
         return bool(there)
+
+    @staticmethod
+    def refuse_join(*_: Any) -> None:
+        """Before a forward: raise a RuntimeError within ``DistributedDataParallel.join()``, where ranks that ran out of
+        batches answer the gradients' reductions, but not importance's."""
+        if torch.compiler.is_compiling():
+            return
+        ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+        if ddp is not None and ddp._join_config.enable:
+            raise RuntimeError(
+                "DistributedDataParallel.join() is not supported: give every rank equally many batches, as "
+                "DistributedSampler does"
+            )
 
     def check(self, when: str, parts: Mapping[str, str]) -> None:
         """Compare digests of ``parts``, 8 bytes each; keys are those of ``REMEDY``.

@@ -29,7 +29,10 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
         ValueError: LBFGS; subnets missing from the optimizer; subnets in bf16 that it rounds to nearest.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}; engines that bring their own, "
+            "DeepSpeed say, are not supported"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(  # noqa: TRY004
             "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "

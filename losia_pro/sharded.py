@@ -185,6 +185,15 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
+def refuse_detach(modules: Iterable[SubnetLinear]) -> None:
+    """Raise a TypeError for modules that ``fully_shard`` holds on to."""
+    if any(is_sharded(m.weight) for m in modules):
+        raise TypeError(
+            "detach() does not undo fully_shard(); the model's state dict is that of the plain model, and "
+            "save_delta() writes what changed: load either into a model that is not sharded"
+        )
+
+
 def refuse_parallel(weight: Tensor) -> None:
     """Raise a TypeError for a weight that a forward reads in parts."""
     if is_sharded(weight):

@@ -10,6 +10,7 @@ import torch
 import toys
 from ranks import CONFIG, Run, Sharded, data, launch, rank_and_size
 from torch.distributed import new_group
+from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_pro import profile
@@ -191,5 +192,29 @@ def alone_in_a_group() -> bool:
     return run.losia.step == len(data())
 
 
-def test_a_group_of_one_trains_alone(tmp_path):
-    assert launch(alone_in_a_group, 2, tmp_path) == [True, True]
+def unevenly() -> str:
+    """More batches on one rank than on the other."""
+    run = Run().bind()
+    with pytest.raises(RuntimeError) as error, Join([run.net]):
+        run.go(data()[: 3 + is_odd()])
+    run.losia.detach()
+    toys.loss_of(run.model, data()[0])
+    return str(error.value)
+
+
+def both() -> tuple[bool, str]:
+    return alone_in_a_group(), unevenly()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(both, 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_a_group_of_one_trains_alone(two):
+    assert [trained for trained, _ in two] == [True, True]
+
+
+def test_join_is_refused(two):
+    for _, error in two:
+        assert "join() is not supported: give every rank equally many batches" in error
