@@ -1,4 +1,4 @@
-"""Trainer and the example's loop on two processes, as torchrun starts them."""
+"""Trainer and the examples' loops on two processes, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import losia_pro
 
 SCRIPT = Path(__file__).parent / "trainer_ranks.py"
-EXAMPLE = SCRIPT.parent.parent / "examples" / "train_ddp.py"
+EXAMPLES = SCRIPT.parent.parent / "examples"
 
 
 def torchrun(folder: Path, *flags: str) -> str:
@@ -70,13 +70,33 @@ def test_a_peft_model_is_trained_alike(ranks):
         toys.equal_bits(ends["peft"], ends["not stopped"])
 
 
-def test_the_example_runs_as_printed(tmp_path):
-    printed = re.search(r"``torchrun (.*) examples/train_ddp.py``", EXAMPLE.read_text())
-    out = torchrun(tmp_path, *printed[1].split(), str(EXAMPLE))
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLE.parent / "tiny-llama")
+def delta_changes_the_linears(path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny-llama")
     before = {n: w.detach().clone() for n, w in model.named_parameters()}
-    losia_pro.load_delta(model, tmp_path / "runs" / "ddp.safetensors")
+    losia_pro.load_delta(model, path)
     changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
     assert changed == {n for n in before if "proj" in n}
+
+
+def printed_command(example: str) -> list[str]:
+    printed = re.search(r"``torchrun (.*) examples/(.*)``", (EXAMPLES / example).read_text())
+    assert printed[2] == example
+    return [*printed[1].split(), str(EXAMPLES / example)]
+
+
+def test_the_example_runs_as_printed(tmp_path):
+    out = torchrun(tmp_path, *printed_command("train_ddp.py"))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    delta_changes_the_linears(tmp_path / "runs" / "ddp.safetensors")
+
+
+def test_the_sharded_example_runs_as_printed_and_goes_on_from_its_checkpoint(tmp_path):
+    command = printed_command("train_fsdp.py")
+    out = torchrun(tmp_path, *command)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    delta_changes_the_linears(tmp_path / "runs" / "fsdp.safetensors")
+    out = torchrun(tmp_path, "--nproc_per_node", "1", command[-1])
+    assert re.findall(r"step (\d+): .* (\d+) linears", out) == [("15", "21"), ("20", "28")]
+    delta_changes_the_linears(tmp_path / "runs" / "fsdp.safetensors")
