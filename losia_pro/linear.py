@@ -20,6 +20,11 @@ from .ops import compact_dtype
 from .selection import random_neurons, select_together
 from .shared import SharedInputs
 
+_META = (
+    "a SubnetLinear that was on the meta device does not know where its subnet is: load the weights into an nn.Linear, "
+    "then convert it (with accelerate's FSDP2, set cpu_ram_efficient_loading=False)"
+)
+
 
 class SubnetLinear(nn.Linear):
     """A linear layer ``y = x W^T + b`` that trains the block ``W[out_idx][:, in_idx]``.
@@ -215,6 +220,8 @@ class SubnetLinear(nn.Linear):
     def adopt_weight(self) -> None:
         """Take over a dense weight that was set from outside: compact values that round to what is there
         are kept, the others are read from it."""
+        if self.subnet.is_meta and not self.weight.is_meta:
+            raise RuntimeError(_META)
         block, subnet = self._block(), sharded.whole(self.subnet)
         same = subnet.to(self.weight.dtype) == block.to(self.weight.dtype)
         sharded.assign_(self.subnet, torch.where(same, subnet, block))
@@ -268,10 +275,7 @@ class SubnetLinear(nn.Linear):
         super()._apply(fn, recurse)
         device, dtype = self.weight.device, self._compact_dtype()
         if subnet.is_meta and device.type != "meta":
-            raise RuntimeError(
-                "a SubnetLinear on the meta device does not know where its subnet is; "
-                "load the weights into an nn.Linear, then convert it"
-            )
+            raise RuntimeError(_META)
         self.subnet.data = subnet.to(device, dtype)
         self.subnet.grad = None if grad is None else grad.to(device, dtype)
         self.out_idx = out_idx.to(device)

@@ -19,6 +19,7 @@ import torch.multiprocessing as mp
 import toys
 from bound import profiles
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import losia_pro
@@ -139,7 +140,10 @@ class Sharded(Run):
     def wrapped(self, **fsdp: Any) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
-        for layer in self.model.layers:
+        if "mesh" in fsdp:
+            names = ("replicate", "shard")
+            fsdp["mesh"] = init_device_mesh("cpu", fsdp["mesh"], mesh_dim_names=names)
+        for layer in getattr(self.model, "model", self.model).layers:
             fully_shard(layer, **fsdp)
         return fully_shard(self.model, **fsdp)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import toys
-from ranks import LR, MOMENTUM, STEPS, Run, data, launch, rank_and_size, share
+from ranks import LR, MOMENTUM, STEPS, Run, Sharded, data, launch, rank_and_size, share
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_pro import LosiaConfig
@@ -234,12 +236,15 @@ def llamas() -> dict[str, dict[str, Any]]:
     from trainer_ranks import without_dropout
 
     ends = {}
-    for name, config in LLAMAS.items():
+    for name, new in itertools.product(LLAMAS, (Run, Sharded)):
+        if new is Sharded and not dist.is_initialized():
+            continue
+        config = LLAMAS[name]
         model = without_dropout().train()
         if "reentrant" in name:
             model.gradient_checkpointing_enable({"use_reentrant": name == "reentrant"})
             model.enable_input_require_grads()
-        run = Run(config, model=model)
+        run = new(config, model=model)
         run.bind()
         for i in range(7):
             ids = torch.stack([row["input_ids"] for row in dataset()[4 * i : 4 * i + 4]])
@@ -247,7 +252,7 @@ def llamas() -> dict[str, dict[str, Any]]:
             run.optimizer.zero_grad()
             run.net(input_ids=ids, labels=ids).loss.backward()
             run.optimizer.step()
-        ends[name] = run.end()
+        ends[name, new.__name__] = run.end()
     return ends
 
 
@@ -260,7 +265,9 @@ LLAMAS = {
 def test_ranks_of_a_transformer_choose_what_one_process_does(tmp_path):
     alone = llamas()
     for ends in launch(llamas, 2, tmp_path):
-        for name in LLAMAS:
-            assert len(alone[name]["steps"]) == 2 * 7
-            assert ends[name]["steps"] == alone[name]["steps"]
-            assert ends[name]["places"] == alone[name]["places"], name
+        assert len(ends) == 2 * len(LLAMAS)
+        for (name, how), end in ends.items():
+            one = alone[name, "Run"]
+            assert len(one["steps"]) == 2 * 7
+            assert end["steps"] == one["steps"]
+            assert end["places"] == one["places"], (name, how)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from ranks import CONFIG, Run, Sharded, data, launch, rank_and_size, share
+from ranks import CONFIG, STEPS, Run, Sharded, data, launch, rank_and_size, share
 from test_distributed import BOUND, CALIBRATED, assert_equal
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -28,6 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"micro": 2},
     "accumulation-in-sync": {"micro": 2, "in_sync": True},
     "cpu-offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "replicated": {"mesh": (2, 1)},
     "mixed": {"mp_policy": MIXED},
     "mixed-accumulation": {"mp_policy": MIXED, "micro": 2},
 }
@@ -48,6 +49,27 @@ def every_way() -> dict[str, dict[str, Any]]:
         run = InSync if fsdp.pop("in_sync", False) else Sharded
         ends[name] = run(**fsdp).bind().go(data(), micro).end()
     return ends
+
+
+def overflowing() -> tuple[dict[str, Any], int, dict[str, Any], int]:
+    """A run in which one rank's part of one batch overflows, and one without that batch."""
+    ends: list[Any] = []
+    for bad in (4, None):
+        batches = data(torch.float32)
+        if bad is None:
+            del batches[4]
+        else:
+            batches[bad][0][1] = float("inf")  # the second example: rank 1's
+        run = Sharded(dtype=torch.float32, make=lambda p: torch.optim.AdamW(p, 1e-2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        run.bind(scaler=scaler)
+        for batch in batches:
+            run.optimizer.zero_grad()
+            scaler.scale(toys.loss_of(run.net, share(batch))).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+        ends += [run.end(), run.losia.step]
+    return tuple(ends)
 
 
 def resumed() -> list[tuple[dict, dict]]:
@@ -165,6 +187,7 @@ def everything(folder: str) -> dict[str, Any]:
         "ways": every_way(),
         "resumed": resumed(),
         "skipped": skipped(),
+        "overflowing": overflowing(),
         "clipped": clipped(),
         "calibrated": calibrated(),
         "traffic": traffic(),
@@ -215,6 +238,13 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(alone, ranks):
 def test_gradients_of_a_step_that_was_thrown_away_are_not_in_importance(ranks):
     for rank in ranks:
         toys.equal_bits(*rank["skipped"])
+
+
+def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
+    for rank in ranks:
+        end, steps, other, other_steps = rank["overflowing"]
+        assert steps == other_steps == STEPS - 1
+        toys.equal_bits(end, other)  # scales are powers of two: exact
 
 
 def test_clipping_takes_the_norm_of_all_ranks(ranks):
