@@ -214,9 +214,15 @@ def check(model: nn.Module, modules: Mapping[str, SubnetLinear], n_ranks: int) -
                 f"{name}.weight is {tuple(shape)}, not {(m.out_features, m.in_features)}: FullyShardedDataParallel "
                 "and DeepSpeed's ZeRO-3 are not supported; use torch.distributed.fsdp.fully_shard"
             )
-        for parameter in m.parameters():
-            if is_sharded(parameter):
-                _check_placements(model, name, parameter, n_ranks)
+        parts = [p for p in m.parameters() if is_sharded(p)]
+        for parameter in parts:
+            _check_placements(model, name, parameter, n_ranks)
+        dtypes = {p.dtype for p in parts if p.requires_grad}
+        if len(dtypes) > 1:
+            raise TypeError(
+                f"{name} trains parameters of {' and '.join(sorted(map(str, dtypes)))}, and FSDP2 takes but one dtype; "
+                "set train_bias=False, or load the model in fp32 and give fully_shard() a MixedPrecisionPolicy"
+            )
 
 
 def _check_placements(model: nn.Module, name: str, t: Any, n_ranks: int) -> None:

@@ -72,6 +72,16 @@ def overflowing() -> tuple[dict[str, Any], int, dict[str, Any], int]:
     return tuple(ends)
 
 
+def half_precision() -> list[dict[str, Any]]:
+    """bf16 weights with fp32 subnets, data parallel and sharded."""
+    config = dataclasses.replace(CONFIG, train_bias=False)
+    batches = [(x.bfloat16(), target) for x, target in data(torch.float32)]
+    runs = [
+        new(config, lambda p: torch.optim.AdamW(p, 1e-2), torch.bfloat16) for new in (Run, Sharded)
+    ]
+    return [run.bind().go(batches).end() for run in runs]
+
+
 def resumed() -> list[tuple[dict, dict]]:
     """A run that was not stopped, and one that was saved and loaded, before and after bind."""
     pairs = []
@@ -167,7 +177,11 @@ def files(folder: str) -> dict[str, Any]:
         with run.losia.base():
             base, y_base = run.end_of_model(), run.net(x)
         again, y_again = run.end_of_model(), run.net(x)
-    run.losia.save_delta(f"{folder}/delta")
+    rank, _ = rank_and_size()
+    run.losia.save_delta(
+        f"{folder}/delta{rank or ''}"
+    )  # every rank says where, the first one writes
+    assert (Path(folder) / f"delta{rank or ''}").exists() == (rank == 0)
     other = Sharded()
     losia_pro.load_delta(other.model, f"{folder}/delta")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -185,6 +199,7 @@ def files(folder: str) -> dict[str, Any]:
 def everything(folder: str) -> dict[str, Any]:
     return {
         "ways": every_way(),
+        "half": half_precision() if rank_and_size()[1] == 2 else None,
         "resumed": resumed(),
         "skipped": skipped(),
         "overflowing": overflowing(),
@@ -225,6 +240,15 @@ def test_mixed_precision_rounds_as_its_dtype_does(alone, ranks):
             torch.testing.assert_close(end["model"][name], value, rtol=0, atol=bound)
         moved = max((alone["model"][n] - w).abs().max() for n, w in untrained.items())
         assert moved > 100 * bound
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)  # a sum of two does not depend on its order
+def test_in_half_precision_sharded_is_data_parallel_bit_for_bit(ranks):
+    for rank in ranks:
+        one, other = rank["half"]
+        assert {t.dtype for t in one["model"].values()} == {torch.bfloat16}
+        assert {t.dtype for t in one["subnets"].values()} == {torch.float32}
+        toys.equal_bits(other, one)
 
 
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(alone, ranks):

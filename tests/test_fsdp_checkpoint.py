@@ -53,7 +53,10 @@ def resume(folder: str) -> list[dict[str, Any]]:
             load(run, f"{folder}/{stop}")
             if not binds_first:
                 run.bind()
-            ends.append(run.go(data()[stop:]).end())
+            end = run.go(data()[stop:]).end()
+            with run.losia.base():
+                end["base"] = run.end_of_model()
+            ends.append(end)
     return ends
 
 
@@ -71,6 +74,7 @@ def test_saved_on_three_ranks_a_run_goes_on_on_fewer(saved, n, tmp_path):
         assert len(ends) == 4
         for end in ends:
             assert_equal(end, alone)
+            toys.equal_bits(end["base"], dict(toys.stack(torch.float64).state_dict()))
 
 
 def test_one_process_without_sharding_takes_it_too(saved):

@@ -65,6 +65,10 @@ def a_part_of_the_processes() -> None:
     losia.bind(torch.optim.AdamW(losia.parameters()))
 
 
+def trained_biases_of_another_dtype() -> None:
+    Sharded(dtype=torch.bfloat16).bind()
+
+
 def an_optimizer_from_before() -> None:
     model = toys.stack()
     losia = losia_pro.attach(model)
@@ -91,6 +95,7 @@ CASES: dict[Callable[[], None], str] = {
     fsdp_on_top_of_tensor_parallel: r"TypeError: layers.0.up is placed as .* without tensor parallelism",
     another_dimension: r"TypeError: layers.0.up is placed as .*without a shard_placement_fn",
     a_part_of_the_processes: r"ValueError: layers.0.up is on a mesh of 1 processes, but 2 train",
+    trained_biases_of_another_dtype: r"TypeError: layers.0.up trains .*bfloat16 and .*train_bias=False",
     an_optimizer_from_before: r"ValueError: the optimizer lacks 6 of 6 .* after fully_shard\(\)",
     bound_before: r"ValueError: the optimizer lacks 6 of 6 .* after fully_shard\(\)",
 }
