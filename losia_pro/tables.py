@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KEPT = 16  # sets of layers whose tables are kept
+KEPT = 128  # sets of layers whose tables are kept; a sharded model has one for each block
 
 
 class Table(NamedTuple):
