@@ -23,7 +23,7 @@ def attached(config=None, dtype=torch.float64, model=None, optimizer=None, scale
 
 def profiles(losia) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
-        n: (whole(m.profile.importance).clone(), whole(m.profile.uncertainty).clone())
+        n: (whole(m.profile.importance).cpu().clone(), whole(m.profile.uncertainty).cpu().clone())
         for n, m in losia.modules.items()
         if m.profile is not None
     }

@@ -30,22 +30,29 @@ CONFIG = LosiaConfig(rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bia
 LR, MOMENTUM, STEPS, BATCH = 0.1, 0.9, 14, 12  # re-selections after 3, 6, 9 and 12 steps
 
 
-def launch(work: Callable[..., Any], n: int, folder: Path, *args: Any) -> list[Any]:
-    """What ``work(*args)`` returns in each of ``n`` processes that can reach each other."""
+def launch(
+    work: Callable[..., Any], n: int, folder: Path, *args: Any, backend: str = "gloo"
+) -> list[Any]:
+    """What ``work(*args)`` returns in each of ``n`` processes that can reach each other; through "nccl", each has
+    a GPU."""
     folder.mkdir(exist_ok=True)
     multiprocessing.set_forkserver_preload(["torch.nn.parallel"])
     mp.start_processes(
-        _process, (n, str(folder), work, args), nprocs=n, start_method="forkserver"
+        _process, (n, backend, str(folder), work, args), nprocs=n, start_method="forkserver"
     )  # raises what a process raises
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 
-def _process(rank: int, n: int, folder: str, work: Callable[..., Any], args: tuple) -> None:
+def _process(
+    rank: int, n: int, backend: str, folder: str, work: Callable[..., Any], args: tuple
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.filterwarnings("error", "a subnet was changed")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=n, rank=rank
+        backend, f"file://{folder}/store", timedelta(seconds=60), world_size=n, rank=rank
     )
     torch.save(work(*args), f"{folder}/{rank}.pt")
     dist.barrier()
@@ -56,10 +63,16 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def device() -> torch.device:
+    """Where this process computes."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
+
+
 def share(batch: toys.Batch) -> toys.Batch:
     """This process's part of a batch: equally many examples on each."""
     rank, size = rank_and_size()
-    return batch[0][rank::size], batch[1][rank::size]
+    return batch[0][rank::size].to(device()), batch[1][rank::size].to(device())
 
 
 def data(dtype: torch.dtype = torch.float64) -> list[toys.Batch]:
@@ -76,7 +89,7 @@ class Run:
     def __init__(
         self, config=CONFIG, make=sgd, dtype=torch.float64, seed=0, model=None, wrap=True, **ddp
     ):
-        self.model: nn.Module = toys.stack(dtype, seed) if model is None else model
+        self.model: nn.Module = toys.stack(dtype, seed).to(device()) if model is None else model
         self.losia = losia_pro.attach(self.model, config)
         self.net = self.wrapped(**ddp) if wrap and dist.is_initialized() else self.model
         self.optimizer = make(self.losia.parameters())
@@ -127,11 +140,11 @@ class Run:
             "steps": [(r.step, r.name) for r in self.losia.history],
             "model": self.end_of_model(),
             "profiles": profiles(self.losia),
-            "subnets": {n: whole(m.subnet).clone() for n, m in self.losia.modules.items()},
+            "subnets": {n: whole(m.subnet).cpu().clone() for n, m in self.losia.modules.items()},
         }
 
     def end_of_model(self) -> dict[str, torch.Tensor]:
-        return {n: whole(t).clone() for n, t in self.model.state_dict().items()}
+        return {n: whole(t).cpu().clone() for n, t in self.model.state_dict().items()}
 
 
 class Sharded(Run):
@@ -142,7 +155,7 @@ class Sharded(Run):
 
         if "mesh" in fsdp:
             names = ("replicate", "shard")
-            fsdp["mesh"] = init_device_mesh("cpu", fsdp["mesh"], mesh_dim_names=names)
+            fsdp["mesh"] = init_device_mesh(device().type, fsdp["mesh"], mesh_dim_names=names)
         for layer in getattr(self.model, "model", self.model).layers:
             fully_shard(layer, **fsdp)
         return fully_shard(self.model, **fsdp)
