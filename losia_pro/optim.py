@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from .dispatch import function
 from .rounding import key_of
+from .sharded import is_sharded, local, rows
 
 
 class AdamW(torch.optim.AdamW):
@@ -27,8 +28,9 @@ class AdamW(torch.optim.AdamW):
     Other dtypes are ``torch.optim.AdamW``'s, bit for bit.
 
     The random bits are a hash of ``seed``, the parameter's place among all, its number of steps, and the entry. They
-    take no state and no global generator: a resumed run goes on bit for bit, and data-parallel ranks agree. ``seed``
-    is kept in ``param_groups``, so a checkpoint brings its own.
+    take no state and no global generator: a resumed run goes on bit for bit, and data-parallel ranks agree; FSDP2's
+    shards have bits of their own, so a run on another number of ranks differs by its roundings. ``seed`` is kept in
+    ``param_groups``, so a checkpoint brings its own.
 
     Memory of a bf16 subnet: 2 bytes an entry each for parameter, gradient and two moments, 8 where fp32 takes 16. For
     LLaMA-2 7B at ``p = 1/8``, 101 M entries, 0.8 GB less. On a GPU all of a group's bf16 tensors take one launch;
@@ -124,11 +126,13 @@ class AdamW(torch.optim.AdamW):
             for state in states:
                 state["step"] = state["step"].cpu() + 1  # loaded with fused, it is on the device
                 steps.append(int(state["step"]))
-            keys = [key_of(group["seed"], k, t) for (k, _), t in zip(numbered, steps, strict=True)]
+            places = [(k, rows(p).start) if is_sharded(p) else (k,) for k, p in numbered]
+            keys = [key_of(group["seed"], *k, t) for k, t in zip(places, steps, strict=True)]
             moments, squares, _ = _columns(states)
             grads = [g.contiguous() for g in _grads(own)]
+            parts = [[local(t) for t in ts] for ts in (own, grads, moments, squares)]
             constants = {"lr": float(group["lr"]), **_constants(group)}
-            function("adamw_", own[0], None)(own, grads, moments, squares, steps, keys, **constants)
+            function("adamw_", parts[0][0], None)(*parts, steps, keys, **constants)
 
 
 def _grads(params: Iterable[Tensor]) -> list[Tensor]:

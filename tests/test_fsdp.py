@@ -2,213 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import toys
-from ranks import CONFIG, STEPS, Run, Sharded, data, launch, rank_and_size, share
-from test_distributed import BOUND, CALIBRATED, assert_equal
-from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fsdp_runs import calibrated, clipped, everything
+from ranks import STEPS, Run, data, launch
+from test_distributed import BOUND, assert_equal
 
 import losia_pro
-from losia_pro.sharded import local
-
-MIXED = MixedPrecisionPolicy(torch.float32, torch.float64)
-
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no-reshard": {"reshard_after_forward": False},
-    "accumulation": {"micro": 2},
-    "accumulation-in-sync": {"micro": 2, "in_sync": True},
-    "cpu-offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-    "replicated": {"mesh": (2, 1)},
-    "mixed": {"mp_policy": MIXED},
-    "mixed-accumulation": {"mp_policy": MIXED, "micro": 2},
-}
-
-
-class InSync(Sharded):
-    def in_sync(self, yes: bool):
-        return super().in_sync(True)
-
-
-def every_way() -> dict[str, dict[str, Any]]:
-    """The same training with each of fully_shard's settings."""
-    ends = {}
-    names = WAYS if rank_and_size()[1] == 2 else ("plain", "mixed-accumulation")
-    for name in names:
-        fsdp = dict(WAYS[name])
-        micro = fsdp.pop("micro", 1)
-        run = InSync if fsdp.pop("in_sync", False) else Sharded
-        ends[name] = run(**fsdp).bind().go(data(), micro).end()
-    return ends
-
-
-def overflowing() -> tuple[dict[str, Any], int, dict[str, Any], int]:
-    """A run in which one rank's part of one batch overflows, and one without that batch."""
-    ends: list[Any] = []
-    for bad in (4, None):
-        batches = data(torch.float32)
-        if bad is None:
-            del batches[4]
-        else:
-            batches[bad][0][1] = float("inf")  # the second example: rank 1's
-        run = Sharded(dtype=torch.float32, make=lambda p: torch.optim.AdamW(p, 1e-2))
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        run.bind(scaler=scaler)
-        for batch in batches:
-            run.optimizer.zero_grad()
-            scaler.scale(toys.loss_of(run.net, share(batch))).backward()
-            scaler.step(run.optimizer)
-            scaler.update()
-        ends += [run.end(), run.losia.step]
-    return tuple(ends)
-
-
-def half_precision() -> list[dict[str, Any]]:
-    """bf16 weights with fp32 subnets, data parallel and sharded."""
-    config = dataclasses.replace(CONFIG, train_bias=False)
-    batches = [(x.bfloat16(), target) for x, target in data(torch.float32)]
-    runs = [
-        new(config, lambda p: torch.optim.AdamW(p, 1e-2), torch.bfloat16) for new in (Run, Sharded)
-    ]
-    return [run.bind().go(batches).end() for run in runs]
-
-
-def resumed() -> list[tuple[dict, dict]]:
-    """A run that was not stopped, and one that was saved and loaded, before and after bind."""
-    pairs = []
-    for stop in (5, 6) if rank_and_size()[1] == 2 else (6,):
-        end = Sharded().bind().go(data()).end()
-        state = Sharded().bind().go(data()[:stop]).state()
-        for again in (Sharded().bind().load(state), Sharded().load(state).bind()):
-            pairs.append((end, again.go(data()[stop:]).end()))
-    return pairs
-
-
-def skipped() -> list[dict[str, Any]]:
-    """With a step of two parts that the loop throws away, and without it."""
-    ends = []
-    for throws in (True, False):
-        run = Sharded().bind().go(data()[:4])
-        run.optimizer.zero_grad()
-        if throws:
-            for part in (data()[9], data()[10]):
-                toys.loss_of(run.net, share(part)).backward()
-            run.optimizer.zero_grad()
-        for batch in data()[4:9]:
-            toys.loss_of(run.net, share(batch)).backward()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        ends.append(run.end())
-    return ends
-
-
-def clipped() -> dict[str, Any]:
-    run = (Sharded if torch.distributed.is_initialized() else Run)().bind()
-    for batch in data():
-        run.optimizer.zero_grad()
-        toys.loss_of(run.net, share(batch)).backward()
-        nn.utils.clip_grad_norm_(run.losia.parameters(), 0.1)
-        run.optimizer.step()
-    return run.end()
-
-
-def calibrated() -> dict[str, Any]:
-    run = (Sharded if torch.distributed.is_initialized() else Run)(CALIBRATED)
-    run.losia.calibrate([share(b) for b in data()[:4]], toys.loss_of)
-    return run.bind().go(data()).end()
-
-
-class Traffic(TorchDispatchMode):
-    """The bytes that go into each kind of collective."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "c10d":
-            name = op.__name__.split(".")[0]
-            given = args[1] if name == "_reduce_scatter_base_" else args[0]
-            self.bytes[name] += sum(t.nbytes for t in tree_leaves(given) if isinstance(t, Tensor))
-        return op(*args, **(kwargs or {}))
-
-
-def traffic() -> list[Counter[str]]:
-    """Of each step, without profiling and with it."""
-    counts = []
-    for period in (None, 3):
-        run = Sharded(dataclasses.replace(CONFIG, period=period)).bind().go(data()[:1])
-        with Traffic() as seen:
-            run.go(data()[1:2])
-        counts.append(seen.bytes)
-    return counts
-
-
-def held() -> dict[str, list[int]]:
-    """Entries that this process holds, while the first block is profiled."""
-    run = Sharded().bind().go(data()[:1])
-    modules = run.losia.group_modules(0).values()
-    tensors = {
-        "importance": [t for m in modules for t in (m.profile.importance, m.profile.uncertainty)],
-        "subnets": [m.subnet for m in modules],
-        "moments": [run.optimizer.state[m.subnet]["momentum_buffer"] for m in modules],
-    }
-    return {
-        k: [local(t).numel() for t in ts] + [t.numel() for t in ts] for k, ts in tensors.items()
-    }
-
-
-def files(folder: str) -> dict[str, Any]:
-    """What losia.base(), save_delta and load_delta do, and values before and after."""
-    run = Sharded().bind().go(data()[:8])
-    tuned = run.end()
-    x = data()[0][0]
-    with torch.no_grad():
-        y = run.net(x)
-        with run.losia.base():
-            base, y_base = run.end_of_model(), run.net(x)
-        again, y_again = run.end_of_model(), run.net(x)
-    rank, _ = rank_and_size()
-    run.losia.save_delta(
-        f"{folder}/delta{rank or ''}"
-    )  # every rank says where, the first one writes
-    assert (Path(folder) / f"delta{rank or ''}").exists() == (rank == 0)
-    other = Sharded()
-    losia_pro.load_delta(other.model, f"{folder}/delta")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        run.losia.save_delta(f"{folder}/no/delta")
-    with pytest.raises(TypeError, match="does not undo fully_shard"):
-        run.losia.detach()
-    assert torch.equal(y, y_again)
-    return {
-        "tuned": tuned["model"], "base": base, "again": again, "loaded": other.end_of_model(),
-        "y": y, "y_base": y_base,
-        "on": run.go(data()[8:]).end(),
-    }  # fmt: skip
-
-
-def everything(folder: str) -> dict[str, Any]:
-    return {
-        "ways": every_way(),
-        "half": half_precision() if rank_and_size()[1] == 2 else None,
-        "resumed": resumed(),
-        "skipped": skipped(),
-        "overflowing": overflowing(),
-        "clipped": clipped(),
-        "calibrated": calibrated(),
-        "traffic": traffic(),
-        "held": held(),
-        "files": files(folder),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +52,14 @@ def test_in_half_precision_sharded_is_data_parallel_bit_for_bit(ranks):
         assert {t.dtype for t in one["model"].values()} == {torch.bfloat16}
         assert {t.dtype for t in one["subnets"].values()} == {torch.float32}
         toys.equal_bits(other, one)
+
+
+def test_bf16_subnets_are_rounded_by_the_shards(ranks):
+    for rank in ranks:
+        end, again = rank["bf16 subnets"]
+        assert {t.dtype for t in end["subnets"].values()} == {torch.bfloat16}
+        toys.equal_bits(again, end)
+        toys.equal_bits(end, ranks[0]["bf16 subnets"][0])
 
 
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(alone, ranks):
