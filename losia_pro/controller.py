@@ -220,9 +220,8 @@ class Losia:
         base.refuse(self)
         sharded.settle(self.model)
         in_parts = any(sharded.is_sharded(m.subnet) for m in self.modules.values())
-        for names in (
-            self.groups if in_parts else [list(self.modules)]
-        ):  # in parts, each is gathered
+        launches = self.groups if in_parts else [list(self.modules)]  # what is in parts is gathered
+        for names in launches:
             write_together([self.modules[n] for n in names], self.config.impl)
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -270,7 +269,8 @@ class Losia:
         """Everything of the run that the model's and the optimizer's state dicts do not hold.
 
         Tensors and plain values only, so ``torch.load(..., weights_only=True)`` reads it. Take it between
-        optimizer steps: gradients that wait for a step are not part of it.
+        optimizer steps: gradients that wait for a step are not part of it. With FSDP2 every process takes it, and
+        ``torch.distributed.checkpoint`` saves and loads the controller as it is.
         """
         return checkpoint.state_of(self)
 
@@ -285,7 +285,8 @@ class Losia:
     def save_delta(self, path: str | os.PathLike[str]) -> None:
         """Write what training changed, as absolute values, to a safetensors file with a JSON header.
 
-        ``losia_pro.load_delta(base_model, path)`` applies it. The file appears whole or not at all.
+        ``losia_pro.load_delta(base_model, path)`` applies it. The file appears whole or not at all. With FSDP2
+        every process takes part, and the first one writes.
         """
         self.write_back()
         header = {"base": self.base_digest, "config": json.dumps(self.config.to_dict())}

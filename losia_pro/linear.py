@@ -166,7 +166,8 @@ class SubnetLinear(nn.Linear):
             self._guard.check()
             if own["subnet"]._version > self._written and not self.touched.swapped:
                 self._check_written()
-            sharded.refuse_parallel(self.weight)
+            if type(own["weight"]) is not nn.Parameter:
+                sharded.refuse_parallel(own["weight"])
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         if own["subnet"].requires_grad:

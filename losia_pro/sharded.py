@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 Index = tuple[Tensor, Tensor] | Tensor  # of a matrix: rows (n, 1) and columns, or a mask
 
-_BYTES = (
-    torch.uint8
-)  # whose sum with zeros is exact whatever they mean, and which every backend adds
+_BYTES = torch.uint8  # every backend adds them; with zeros exactly, whatever they mean
 
 _PARALLEL = "tensor parallelism is not supported; shard the attached model by torch.distributed.fsdp.fully_shard()"
 
@@ -94,7 +92,9 @@ def read(t: Tensor, at: Index) -> Tensor:
     device = t.device_mesh.device_type  # type: ignore[attr-defined]
     block = torch.zeros(len(at[0]), len(at[1]), dtype=t.dtype, device=device)
     block[inside.to(device)] = own[here].to(device)
-    dist.all_reduce(block.view(_BYTES), group=_shards(t)[2])
+    group = _shards(t)[2]
+    if group is not None:
+        dist.all_reduce(block.view(_BYTES), group=group)
     return block
 
 
@@ -176,7 +176,8 @@ def first_alone(parameters: Iterable[Tensor], work: Callable[[], None]) -> None:
 def settle(model: nn.Module) -> None:
     """Let the model hold its sharded parameters: after a forward without a backward, some may be whole still,
     and what is written into those is lost."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    together = dist.is_available() and dist.is_initialized()
+    if not together or "torch.distributed.fsdp" not in sys.modules:
         return
     from torch.distributed.fsdp import FSDPModule
 

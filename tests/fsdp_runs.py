@@ -209,15 +209,12 @@ def files(folder: str) -> dict[str, Any]:
 
 
 def everything(folder: str) -> dict[str, Any]:
+    on_two = (half_precision, skipped, overflowing, clipped, calibrated)
     return {
+        **{f.__name__: f() for f in on_two if rank_and_size()[1] == 2},
         "ways": every_way(),
         "bf16 subnets": bf16_subnets(),
-        "half": half_precision() if rank_and_size()[1] == 2 else None,
         "resumed": resumed(),
-        "skipped": skipped(),
-        "overflowing": overflowing(),
-        "clipped": clipped(),
-        "calibrated": calibrated(),
         "traffic": traffic(),
         "held": held(),
         "files": files(folder),

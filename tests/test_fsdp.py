@@ -25,6 +25,9 @@ def ranks(request, tmp_path_factory):
     return launch(everything, request.param, folder, str(folder))
 
 
+on_two = pytest.mark.parametrize("ranks", [2], indirect=True)
+
+
 def test_ranks_train_as_one_process_on_the_whole_batch(alone, ranks):
     for rank in ranks:
         toys.equal_bits(rank["ways"], ranks[0]["ways"])
@@ -45,10 +48,10 @@ def test_mixed_precision_rounds_as_its_dtype_does(alone, ranks):
         assert moved > 100 * bound
 
 
-@pytest.mark.parametrize("ranks", [2], indirect=True)  # a sum of two does not depend on its order
+@on_two
 def test_in_half_precision_sharded_is_data_parallel_bit_for_bit(ranks):
     for rank in ranks:
-        one, other = rank["half"]
+        one, other = rank["half_precision"]  # a sum of two does not depend on its order
         assert {t.dtype for t in one["model"].values()} == {torch.bfloat16}
         assert {t.dtype for t in one["subnets"].values()} == {torch.float32}
         toys.equal_bits(other, one)
@@ -70,11 +73,13 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(alone, ranks):
             assert_equal(again, alone)
 
 
+@on_two
 def test_gradients_of_a_step_that_was_thrown_away_are_not_in_importance(ranks):
     for rank in ranks:
         toys.equal_bits(*rank["skipped"])
 
 
+@on_two
 def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
     for rank in ranks:
         end, steps, other, other_steps = rank["overflowing"]
@@ -82,12 +87,14 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(ranks):
         toys.equal_bits(end, other)  # scales are powers of two: exact
 
 
+@on_two
 def test_clipping_takes_the_norm_of_all_ranks(ranks):
     one = clipped()
     for rank in ranks:
         assert_equal(rank["clipped"], one)
 
 
+@on_two
 def test_calibration_takes_the_importance_of_the_whole_batches(ranks):
     one = calibrated()
     for rank in ranks:
