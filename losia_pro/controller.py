@@ -18,7 +18,7 @@ from .convert import convert, replace, restore
 from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
-from .linear import SubnetLinear, write_together
+from .linear import SubnetLinear
 from .optimizer import check_optimizer, innermost, is_rehearsal
 from .profile import Profile
 from .reselect import Reselection, lost_to_rounding, reselect
@@ -222,7 +222,7 @@ class Losia:
         in_parts = any(sharded.is_sharded(m.subnet) for m in self.modules.values())
         launches = self.groups if in_parts else [list(self.modules)]  # what is in parts is gathered
         for names in launches:
-            write_together([self.modules[n] for n in names], self.config.impl)
+            sharded.write_together([self.modules[n] for n in names], self.config.impl)
 
     def touched(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Every place, as ``(out_idx, in_idx)``, where one linear may differ from the base model."""

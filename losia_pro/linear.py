@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class SubnetLinear(nn.Linear):
         self.profile: GradientSink | None = None
         self.shared = shared
         self.touched = Touched()
-        self.own: sharded.OwnRows | None = None
+        self._own_rows: sharded.OwnRows | None = None
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -166,8 +166,8 @@ class SubnetLinear(nn.Linear):
             self._guard.check()
             if own["subnet"]._version > self._written and not self.touched.swapped:
                 self._check_written()
-            if type(own["weight"]) is not nn.Parameter:
-                sharded.refuse_parallel(own["weight"])
+            if type(own["subnet"]) is not nn.Parameter:
+                sharded.refuse_parallel(own["subnet"])
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         if own["subnet"].requires_grad:
@@ -203,7 +203,7 @@ class SubnetLinear(nn.Linear):
     def write_back(self) -> None:
         """``W[out_idx][:, in_idx] = subnet``, rounded to the weight's dtype. Idempotent."""
         self.touched.refuse_base()
-        write_together([self], self.impl)
+        sharded.write_together([self], self.impl)
 
     def mark_written(self) -> None:
         """The dense weight holds the subnet as it is now."""
@@ -284,15 +284,6 @@ class SubnetLinear(nn.Linear):
         if self.profile is not None:
             self.profile.follow()
         return self
-
-
-@torch.no_grad()
-def write_together(modules: Sequence[SubnetLinear], impl: str | None) -> None:
-    """``SubnetLinear.write_back`` for several, in one launch."""
-    weights, subnets, out_idx, in_idx = sharded.own_parts(modules)
-    torch.ops.losia_pro.write_back_(weights, subnets, out_idx, in_idx, impl=impl)
-    for m in modules:
-        m.mark_written()
 
 
 def _sizes(

@@ -136,7 +136,7 @@ class OwnRows:
         self.in_idx = module.in_idx.to(device)
 
 
-def own_parts(modules: Sequence[SubnetLinear]) -> tuple[list[Tensor], ...]:
+def _own_parts(modules: Sequence[SubnetLinear]) -> tuple[list[Tensor], ...]:
     """Weights, subnets, ``out_idx`` and ``in_idx`` for a write-back of what this process holds; collective."""
     subnets = whole_together([m.subnet for m in modules])
     parts: list[tuple[Tensor, ...]] = []
@@ -144,13 +144,22 @@ def own_parts(modules: Sequence[SubnetLinear]) -> tuple[list[Tensor], ...]:
         if not is_sharded(m.weight):
             parts.append((m.weight, subnet, m.out_idx, m.in_idx))
             continue
-        if m.own is None or m.own.of != (m.out_idx._version, m.in_idx._version):
-            m.own = OwnRows(m)
-        if len(m.own.out_idx):
+        if m._own_rows is None or m._own_rows.of != (m.out_idx._version, m.in_idx._version):
+            m._own_rows = OwnRows(m)
+        if len(m._own_rows.out_idx):
             weight = local(m.weight)
-            mine = subnet[m.own.part].to(weight.device)
-            parts.append((weight, mine, m.own.out_idx, m.own.in_idx))
+            mine = subnet[m._own_rows.part].to(weight.device)
+            parts.append((weight, mine, m._own_rows.out_idx, m._own_rows.in_idx))
     return tuple([part[k] for part in parts] for k in range(4))
+
+
+@torch.no_grad()
+def write_together(modules: Sequence[SubnetLinear], impl: str | None) -> None:
+    """``SubnetLinear.write_back`` for several, in one launch; collective."""
+    weights, subnets, out_idx, in_idx = _own_parts(modules)
+    torch.ops.losia_pro.write_back_(weights, subnets, out_idx, in_idx, impl=impl)
+    for m in modules:
+        m.mark_written()
 
 
 def first_alone(parameters: Iterable[Tensor], work: Callable[[], None]) -> None:
@@ -195,9 +204,9 @@ def refuse_detach(modules: Iterable[SubnetLinear]) -> None:
         )
 
 
-def refuse_parallel(weight: Tensor) -> None:
-    """Raise a TypeError for a weight that a forward reads in parts."""
-    if is_sharded(weight):
+def refuse_parallel(parameter: Tensor) -> None:
+    """Raise a TypeError for a parameter that is in parts within a forward, where FSDP2's are whole."""
+    if is_sharded(parameter):
         raise TypeError(_PARALLEL)
 
 
