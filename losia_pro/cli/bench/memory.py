@@ -26,7 +26,7 @@ from ..memory import GB, say_bytes
 from . import methods, models, runs
 from .estimate import row_seconds, step_seconds
 from .meter import Meter, metered
-from .record import Record, finish
+from .record import Record
 from .table import table
 from .trainer import Trainer
 
@@ -51,38 +51,19 @@ def run(args: argparse.Namespace) -> int:
     record = Record("memory", args, device, NOT_SHOWN)
     shape = (args.model, args.layers, args.batch, args.length)
     rate = 400e12 if device.type == "cuda" else 20e9  # for the estimate alone
-    plan = [(mode, method) for mode in args.modes for method in args.methods]
-    seconds = {
-        (mode, method): row_seconds(step_seconds(*shape, method, mode, rate), STEPS, mode, device.type)
-        for mode, method in plan
-    }  # fmt: skip
-    record.content["estimated_seconds"] = round(sum(seconds.values()))
-    print(
-        f"{record.content['device']['name']}: {args.model}, {args.layers} layers, "
-        f"{args.batch} x {args.length} tokens; {len(plan)} measurements, "
-        f"about {sum(seconds.values()):.0f} s"
-    )
+
+    def planned(mode: str, method: str) -> runs.Measurement:
+        step = step_seconds(*shape, method, mode, rate)
+        return runs.Measurement(mode, method, row_seconds(step, STEPS, mode, device.type))
+
+    plan = [planned(mode, method) for mode in args.modes for method in args.methods]
     ids = models.tokens(args.model, args.batch, args.length, device)
     _warm(device, runs.DTYPES[args.dtype])
-    stopped = None
-    for done, (mode, method) in enumerate(plan):
-        if args.budget and record.seconds() + seconds[mode, method] > args.budget:
-            stopped = f"the budget of {args.budget:.0f} s; {len(plan) - done} of {len(plan)} left"
-            break
-        row = {"model": args.model, "layers": args.layers, "mode": mode, "method": method}
-        row |= runs.attempt(lambda m=mode, n=method: _measure(args, m, n, ids, device), device)  # type: ignore[misc]
-        record.add(row)
-        print(f"  {mode:12}  {method:24}  {_said(row)}", flush=True)
-    for mode in args.modes:
-        rows = [row for row in record.rows if row["mode"] == mode]
-        if rows:
-            print(f"\n{mode}: {models.MODES[mode]}\n{_table(rows)}")
-    bad = [
-        f"{row['mode']}, {row['method']}: {row['reason']}"
-        for row in record.rows
-        if row["status"] == "failed"
-    ]
-    return finish(record, stopped, bad)
+
+    def measure(m: runs.Measurement) -> runs.Row:
+        return _measure(args, m.mode, m.method, ids, device)
+
+    return runs.carry_out(args, record, device, plan, measure, _said, _table)
 
 
 def _warm(device: torch.device, dtype: torch.dtype) -> None:
@@ -164,9 +145,7 @@ def _size(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.untyped_storage().nbytes()
 
 
-def _said(row: dict[str, Any]) -> str:
-    if row["status"] != "ok":
-        return f"{row['status']}{': ' + row['reason'] if 'reason' in row else ''}"
+def _said(row: runs.Row) -> str:
     return f"peak {say_bytes(row['peak_bytes'])}"
 
 

@@ -1,12 +1,12 @@
-"""What `bench step` and `bench memory` share: their flags, and a fresh model for each method."""
+"""What `bench step` and `bench memory` share: their flags, their loop, and a fresh model for each method."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from ..memory import is_out_of_memory
 from ..values import count, names, positive
 from . import device as devices
 from . import methods, models
+from .record import Record, finish
 from .record import add_arguments as add_common_arguments
 from .shapes import MODELS
 from .timing import first_line, synchronize
@@ -78,6 +79,56 @@ def trainer(
     prepared = methods.parse(method)(model)
     models.set_mode(model, mode)
     return Trainer(prepared, ids, args.lr, args.optimizer == "fused")
+
+
+class Measurement(NamedTuple):
+    mode: str
+    method: str
+    seconds: float  # estimated
+
+
+Row = dict[str, Any]
+
+
+def carry_out(
+    args: argparse.Namespace,
+    record: Record,
+    device: torch.device,
+    plan: Sequence[Measurement],
+    measure: Callable[[Measurement], Row],
+    said: Callable[[Row], str],
+    table: Callable[[list[Row]], str],
+) -> int:
+    """Make the measurements that fit the budget, a row each, and a table of each mode; the exit code.
+
+    ``said`` is what is printed of a row that was measured, ``table`` of all rows of a mode.
+    """
+    total = sum(m.seconds for m in plan)
+    record.content["estimated_seconds"] = round(total)
+    budget = f", budget {args.budget:.0f} s" if args.budget else ""
+    print(
+        f"{record.content['device']['name']}: {args.model}, {args.layers} layers, "
+        f"{args.batch} x {args.length} tokens; {len(plan)} measurements, about {total:.0f} s{budget}"
+    )
+    stopped = None
+    for done, m in enumerate(plan):
+        began = record.seconds()
+        if args.budget and began + m.seconds > args.budget:
+            stopped = f"the budget of {args.budget:.0f} s; {len(plan) - done} of {len(plan)} left"
+            break
+        row = {"model": args.model, "layers": args.layers, "mode": m.mode, "method": m.method}
+        row |= attempt(lambda m=m: measure(m), device)  # type: ignore[misc]
+        row["seconds"] = round(record.seconds() - began, 1)
+        record.add(row)
+        reason = f": {row['reason']}" if "reason" in row else ""
+        text = said(row) if row["status"] == "ok" else row["status"] + reason
+        print(f"  {m.mode:12}  {m.method:24}  {text}", flush=True)
+    for mode in args.modes:
+        if rows := [row for row in record.rows if row["mode"] == mode]:
+            print(f"\n{mode}: {models.MODES[mode]}\n{table(rows)}")
+    failed = [row for row in record.rows if row["status"] == "failed"]
+    bad = [f"{row['mode']}, {row['method']}: {row['reason']}" for row in failed]
+    return finish(record, stopped, bad)
 
 
 def attempt(measure: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from ..values import count
 from . import device as devices
 from . import methods, models, runs
 from .estimate import row_seconds, step_seconds
-from .record import Record, finish
+from .record import Record
 from .table import number, ratio, table
 from .trainer import Timed, time_steps
 
@@ -38,12 +38,6 @@ NOT_SHOWN = [
     "Compile time and the first steps are not in the figures.",
 ]
 AGAIN = "floor, again"
-
-
-class Measurement(NamedTuple):
-    mode: str
-    method: str
-    seconds: float  # estimated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,46 +56,24 @@ def run(args: argparse.Namespace) -> int:
     rate = devices.limits(device, runs.DTYPES[args.dtype]).flops
     record.content["product_flops"] = rate
     plan = list(_plan(args, device, rate))
-    total = sum(m.seconds for m in plan)
-    record.content["estimated_seconds"] = round(total)
-    budget = f", budget {args.budget:.0f} s" if args.budget else ""
-    print(
-        f"{record.content['device']['name']}: {args.model}, {args.layers} layers, "
-        f"{args.batch} x {args.length} tokens; {len(plan)} measurements, about {total:.0f} s{budget}"
-    )
     ids = models.tokens(args.model, args.batch, args.length, device)
-    floor: dict[str, Any] | None = None
-    stopped = None
-    for done, m in enumerate(plan):
-        if args.budget and record.seconds() + m.seconds > args.budget:
-            stopped = f"the budget of {args.budget:.0f} s; {len(plan) - done} of {len(plan)} left"
-            break
+    floor: runs.Row | None = None
+
+    def measure(m: runs.Measurement) -> runs.Row:
+        nonlocal floor
         if m.method == "floor":
             floor = None
-        began = record.seconds()
-        row = {"model": args.model, "layers": args.layers, "mode": m.mode, "method": m.method}
-        row |= runs.attempt(lambda m=m: _measure(args, m, ids, device), device)  # type: ignore[misc]
-        if row["status"] == "ok":
-            own = row.pop("own_floor", None)
-            if m.method == "floor":
-                floor = row
-            _compare(row, own or floor)
-        row["seconds"] = round(record.seconds() - began, 1)
-        record.add(row)
-        print(f"  {m.mode:12}  {m.method:24}  {_said(row)}", flush=True)
-    for mode in args.modes:
-        rows = [row for row in record.rows if row["mode"] == mode]
-        if rows:
-            print(f"\n{mode}: {models.MODES[mode]}\n{_table(rows)}")
-    bad = [
-        f"{row['mode']}, {row['method']}: {row['reason']}"
-        for row in record.rows
-        if row["status"] == "failed"
-    ]
-    return finish(record, stopped, bad)
+        row = _measure(args, m, ids, device)
+        if m.method == "floor":
+            floor = row
+        return row | _compared(row, row.pop("own_floor", floor))
+
+    return runs.carry_out(args, record, device, plan, measure, _said, _table)
 
 
-def _plan(args: argparse.Namespace, device: torch.device, rate: float) -> Iterator[Measurement]:
+def _plan(
+    args: argparse.Namespace, device: torch.device, rate: float
+) -> Iterator[runs.Measurement]:
     """The floor first in each mode, and once more at its end."""
     others = [name for name in args.methods if name != "floor"]
     for mode in args.modes:
@@ -111,11 +83,11 @@ def _plan(args: argparse.Namespace, device: torch.device, rate: float) -> Iterat
             seconds = steps * step_seconds(*shape, method, mode, rate)
             if args.pair and method in others:
                 seconds += steps * step_seconds(*shape, "floor", mode, rate)
-            yield Measurement(mode, method, row_seconds(seconds, 1, mode, device.type))
+            yield runs.Measurement(mode, method, row_seconds(seconds, 1, mode, device.type))
 
 
 def _measure(
-    args: argparse.Namespace, m: Measurement, ids: torch.Tensor, device: torch.device
+    args: argparse.Namespace, m: runs.Measurement, ids: torch.Tensor, device: torch.device
 ) -> dict[str, Any]:
     model = runs.build(args, device)
     result: dict[str, Any] = {}
@@ -146,16 +118,16 @@ def _figures(timed: Timed) -> dict[str, Any]:
     }
 
 
-def _compare(row: dict[str, Any], floor: dict[str, Any] | None) -> None:
-    """Add the floor's figures, and the step's ratio to it."""
-    row["floor_ms"] = floor and floor["median_ms"]
-    row["floor_peak_bytes"] = floor and floor["peak_bytes"]
-    row["ratio"] = floor and round(row["median_ms"] / floor["median_ms"], 4)
+def _compared(row: runs.Row, floor: runs.Row | None) -> runs.Row:
+    """The floor's figures, and the step's ratio to it."""
+    return {
+        "floor_ms": floor and floor["median_ms"],
+        "floor_peak_bytes": floor and floor["peak_bytes"],
+        "ratio": floor and round(row["median_ms"] / floor["median_ms"], 4),
+    }
 
 
-def _said(row: dict[str, Any]) -> str:
-    if row["status"] != "ok":
-        return f"{row['status']}{': ' + row['reason'] if 'reason' in row else ''}"
+def _said(row: runs.Row) -> str:
     over = ratio(row["median_ms"], row["floor_ms"])
     return f"{number(row['median_ms'], 4)} ms, {over}, {row['peak_bytes'] / 1e9:.2f} GB"
 
