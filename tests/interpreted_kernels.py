@@ -112,19 +112,12 @@ def test_importance_update_follows_its_equation(
     current = reference.importance(g, weight.double(), variant)
     truth_i = reference.smooth(smoothed.double(), current, beta1)
     truth_u = reference.uncertainty(uncertain.double(), current, truth_i, beta2)
-    torch.ops.losia_pro.importance_update_(
-        smoothed,
-        uncertain,
-        weight,
-        dy,
-        x,
-        before,
-        beta1,
-        beta2,
-        variant,
-        scale=scale,
-        impl="triton",
-    )
+    own = smoothed.clone(), uncertain.clone()
+    for kept, impl in ((own, "torch"), ((smoothed, uncertain), "triton")):
+        args = (*kept, weight, dy, x, before, beta1, beta2, variant)
+        torch.ops.losia_pro.importance_update_(*args, scale=scale, impl=impl)
+    assert relative(smoothed, truth_i) <= 2 * relative(own[0], truth_i)
+    assert relative(uncertain, truth_u) <= 2 * relative(own[1], truth_u)
     # g's rounding is at most tokens ulps of its terms' size; squaring doubles it, the rest are few operations.
     bound = 4 * max(tokens, 1) * torch.finfo(torch.float32).eps
     assert relative(smoothed, truth_i) <= bound and relative(uncertain, truth_u) <= bound

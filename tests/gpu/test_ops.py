@@ -19,6 +19,7 @@ from ops_tools import (
 from torch import Tensor
 
 from losia_pro import reference, subnet_linear
+from losia_pro.profile import importance_dtype
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -199,6 +200,29 @@ def test_a_layer_has_the_same_gradient_with_each(impl, dtype):
     as_exact_as_pytorch(subnet.grad, dy.flatten(0, 1), x_sub, out_idx)
 
 
+@pytest.mark.parametrize("kept", ["fp32", "importance's own"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, out, into", [(1000, 392, 200), (33, 97, 203), (1, 1, 1)])
+def test_importance_update_is_as_exact_as_pytorch(impl, tokens, out, into, dtype, kept):
+    usable("importance_update_", impl)
+    beta, to = 0.85, torch.float32 if kept == "fp32" else importance_dtype(dtype)
+    operands = [randn(*s, dtype=dtype) for s in ((out, into), (tokens, out), (tokens, into))]
+    weight, dy, x = operands
+    before = [randn(out, into).abs().to(to) for _ in range(2)]
+    current = reference.importance(dy.double().T @ x.double(), weight.double(), "taylor")
+    truth_i = beta * before[0].double() + (1 - beta) * current
+    truth_u = beta * before[1].double() + (1 - beta) * (current - truth_i).abs()
+    errors = {}
+    for who in ("torch", impl):
+        after = [t.clone() for t in before]
+        args = (*operands, None, beta, beta, "taylor")
+        torch.ops.losia_pro.importance_update_(*after, *args, impl=who)
+        errors[who] = [relative(a, t) for a, t in zip(after, (truth_i, truth_u), strict=True)]
+    least = torch.finfo(torch.float32).eps  # a single entry may be hit exactly
+    for ours, own in zip(errors[impl], errors["torch"], strict=True):
+        assert ours <= 2 * max(own, least)
+
+
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("tokens", [64, 0])
 def test_importance_update_follows_its_equation(impl, variant, tokens):
@@ -219,14 +243,15 @@ def test_importance_update_follows_its_equation(impl, variant, tokens):
     assert relative(smoothed, truth_i) <= bound and relative(uncertainty, truth_u) <= bound
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_write_back_rounds_to_nearest_and_touches_nothing_else(impl, dtype):
     usable("write_back_", impl)
     shapes = [(40, 56), (7, 1000), (64, 64)]
     weights = [randn(*s, dtype=dtype) for s in shapes]
     rows = [choose(m, max(1, m // 8)) for m, _ in shapes]
     columns = [choose(n, n // 8) for _, n in shapes]
-    subnets = [randn(len(r), len(c)) for r, c in zip(rows, columns, strict=True)]
+    wide = torch.promote_types(dtype, torch.float32)
+    subnets = [randn(len(r), len(c), dtype=wide) for r, c in zip(rows, columns, strict=True)]
     expected = [w.clone() for w in weights]
     for w, s, r, c in zip(expected, subnets, rows, columns, strict=True):
         w[r[:, None], c] = s.to(dtype)
