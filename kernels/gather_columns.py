@@ -10,7 +10,8 @@ The shape: a program copies BLOCK_T tokens x BLOCK_C columns. Indices are sorted
 neighbouring sectors and each sector is fetched once; the indices are loaded once for BLOCK_T tokens, which puts
 as many independent loads in flight for each lane. Runs of GROUP columns are promised to the compiler, which then
 moves up to 16 bytes at once. Offsets are 32-bit wherever they fit: a gather has one address for each element.
-To change the tile, change `_tile`: any powers of two are correct, BLOCK_C not below the largest group.
+To change the tile, change `_tile`, or add one to `candidates` and let `losia-pro tune` measure it: any powers of two
+are correct, BLOCK_C not below the largest group.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .indexing import needs_int64
+from .tiles import Device
+from .tuned import lookup
 
 
 @triton.jit
@@ -63,7 +66,8 @@ def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
     if out.numel() == 0:
         return out
     run = hardware_run(group)
-    block_t, block_c, warps = _tile(run, n_in)
+    tuned = lookup(x.device, "gather_columns", x.dtype, n_in, run)
+    block_t, block_c, warps = tuned or _tile(run, n_in)
     grid = (triton.cdiv(tokens, block_t) * triton.cdiv(n_in, block_c),)
     with torch.cuda.device_of(x):
         gather_columns_kernel[grid](
@@ -94,3 +98,19 @@ def _tile(run: int, n_in: int) -> tuple[int, int, int]:
     tokens, columns = (2, 512) if run == 1 else (8, 256)
     width = min(columns, max(16, triton.next_power_of_2(n_in)))
     return tokens * columns // width, width, 8
+
+
+def candidates(dtype: torch.dtype, device: Device) -> list[tuple[int, int, int]]:
+    """What `losia-pro tune` measures: as `_tile` has it."""
+    return [
+        (1, 512, 4),
+        (2, 256, 4),
+        (2, 512, 8),
+        (4, 256, 8),
+        (4, 512, 8),
+        (8, 128, 4),
+        (8, 256, 8),
+        (16, 128, 8),
+        (16, 256, 8),
+        (32, 64, 8),
+    ]

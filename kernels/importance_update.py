@@ -12,8 +12,9 @@ The shape: a tiled product whose sum runs over tokens, both operands read token-
 stays in registers: the epilogue reads W, importance and uncertainty of its tile, half of it at a time to keep to
 the registers, and writes the latter two, so nothing of W's size is allocated. As many programs as processors go
 through the tiles in turn, so that the operands of the next tile are on their way during an epilogue. Tiles are taken
-in columns of GROUP_M, so that those in flight share operands in L2. To change the tile, change `_tiles`: any powers
-of two of at least 16 are correct; a stage takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory.
+in columns of GROUP_M, so that those in flight share operands in L2. To change the tile, change `_tiles`, or add one
+to `candidates` and let `losia-pro tune` measure it: any powers of two of at least 16 are correct; a stage takes
+(BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from ..torch_ops import PRODUCT_DTYPES, check_contiguous
 from .indexing import INTERPRETED, needs_int64
-from .tiles import Device, Tiles, device_of, load_tile, operand
+from .tiles import Device, Tiles, device_of, fitting, load_tile, operand
+from .tuned import lookup
 
 VARIANTS = ("taylor", "first", "second")
 GROUP_M = 8
@@ -142,8 +144,6 @@ def importance_update_(
     beta2: float,
     variant: str,
     scale: float = 1.0,
-    *,
-    tiles: Tiles | None = None,
 ) -> None:
     """One step of smoothed importance and uncertainty, in place; ``torch_ops.importance_update_`` in one kernel.
 
@@ -168,7 +168,8 @@ def importance_update_(
     if weight.numel() == 0:
         return
     device = device_of(dy.device)
-    tiles = tiles or _tiles(dy.dtype, n_out, n_in, device)
+    tuned = lookup(dy.device, "importance_update_", dy.dtype, n_out, n_in)
+    tiles = Tiles(*(tuned or _tiles(dy.dtype, n_out, n_in, device)))
     n_tiles = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     programs = min(device.processors, n_tiles)
     with torch.cuda.device_of(weight):
@@ -213,3 +214,21 @@ def _tiles(dtype: torch.dtype, n_out: int, n_in: int, device: Device) -> Tiles:
     if 2 * triton.cdiv(n_out, 128) * triton.cdiv(n_in, 256) < device.processors:
         return Tiles(64, 64, 64, 4, 4)
     return Tiles(128, 256, 64, 8, 3)
+
+
+def candidates(dtype: torch.dtype, device: Device) -> list[Tiles]:
+    """What `losia-pro tune` measures."""
+    if dtype == torch.float32:
+        shapes = [(64, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2)]
+    else:
+        shapes = [
+            (128, 256, 64, 8, 3),
+            (256, 128, 64, 8, 3),
+            (128, 128, 64, 8, 3),
+            (128, 128, 64, 4, 3),
+            (128, 128, 32, 8, 3),
+            (64, 128, 64, 4, 4),
+            (64, 128, 64, 4, 3),
+            (64, 64, 64, 4, 4),
+        ]
+    return fitting(shapes, dtype, device)

@@ -16,8 +16,9 @@ Three ways to dy's columns, each where it was the fastest on an H200:
 - single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the
   n_in / BLOCK_N column tiles would gather dy again, in 2-byte loads that cannot be pipelined. (`fused=True` does
   that, to measure it.) The same for runs where x_sub is too wide for the first way.
-To change the tile, change `_tiles`: any powers of two of at least 16 are correct; a stage of the pipeline
-takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory, and a consumer GPU has 99 KiB in all.
+To change the tile, change `_tiles`, or add one to `candidates` and let `losia-pro tune` measure it: any powers of two
+of at least 16 are correct; a stage of the pipeline takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory, and a
+consumer GPU has 99 KiB in all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from torch import Tensor
 from ..torch_ops import check_operands, product
 from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64
-from .tiles import Device, Tiles, device_of, load_tile, operand
+from .tiles import Device, Tiles, device_of, fitting, load_tile, operand
+from .tuned import lookup
 
 # That fp32 operands are summed over in one chain: the sum is to be as exact as a library's.
 EXACT_TOKENS = 256
@@ -111,14 +113,13 @@ def subnet_grad(
     group: int = 1,
     *,
     fused: bool | None = None,
-    tiles: Tiles | None = None,
 ) -> Tensor:
     """``dy[:, Y_S]^T x_S`` with fp32 accumulation, the same bits every run.
 
     ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64; result ``(n_out, n_in)`` in
     ``out_dtype``. Both operands may have any strides. ``out_idx`` comes in aligned runs of ``group``; where
     that is the number of ``dy``'s columns, all of them are chosen, in order. ``fused`` decides whether this
-    kernel gathers and multiplies or `gather_columns` and the library do; ``tiles`` its shape: to measure.
+    kernel gathers and multiplies or `gather_columns` and the library do: to measure.
 
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
@@ -135,7 +136,8 @@ def subnet_grad(
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
     run = hardware_run(group)
     device = device_of(dy.device)
-    tiles = tiles or _tiles(dy.dtype, n_in, device)
+    tuned = lookup(dy.device, "subnet_grad", dy.dtype, n_out, n_in, run)
+    tiles = Tiles(*(tuned or _tiles(dy.dtype, n_in, device)))
     blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     split_tokens = _split_tokens(tokens, blocks, tiles.k, device.processors)
     if dy.dtype == torch.float32:
@@ -184,6 +186,25 @@ def _tiles(dtype: torch.dtype, n_in: int, device: Device) -> Tiles:
     if device.memory < 160 * 1024:  # sm_86, sm_89, sm_120
         return Tiles(64, 64, 64, 4, 3) if n_in <= 64 else Tiles(64, 128, 64, 4, 3)
     return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
+
+
+def candidates(dtype: torch.dtype, device: Device) -> list[Tiles]:
+    """What `losia-pro tune` measures."""
+    if dtype == torch.float32:
+        shapes = [(64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (64, 128, 32, 8, 3), (64, 64, 32, 8, 2)]
+    else:
+        shapes = [
+            (64, 256, 64, 8, 4),
+            (64, 256, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+            (64, 128, 64, 4, 3),
+            (64, 64, 64, 4, 4),
+            (64, 128, 128, 8, 3),
+            (128, 64, 64, 4, 4),
+            (128, 128, 64, 8, 3),
+            (128, 256, 64, 8, 3),
+        ]
+    return fitting(shapes, dtype, device)
 
 
 def _split_tokens(tokens: int, blocks: int, block_k: int, processors: int) -> int:

@@ -46,6 +46,15 @@ def device_of(device: torch.device) -> Device:
     return Device(p.multi_processor_count, memory, p.major in (9, 10))
 
 
+def fitting(
+    shapes: list[tuple[int, int, int, int, int]], dtype: torch.dtype, device: Device
+) -> list[Tiles]:
+    """Those whose steps in flight fit the device's shared memory."""
+    tiles = [Tiles(*shape) for shape in shapes]
+    element = dtype.itemsize
+    return [t for t in tiles if t.stages * (t.m + t.n) * t.k * element <= device.memory]
+
+
 @triton.jit
 def load_tile(
     operand,  # (T, N): a descriptor of blocks (BLOCK_K, BLOCK_N) where BULK, else a pointer

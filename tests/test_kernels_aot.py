@@ -15,7 +15,7 @@ from losia_pro.kernels import adamw  # noqa: E402
 from losia_pro.kernels import gather_columns as gather  # noqa: E402
 from losia_pro.kernels import importance_update as importance  # noqa: E402
 from losia_pro.kernels import subnet_grad as grad  # noqa: E402
-from losia_pro.kernels.tiles import Device  # noqa: E402
+from losia_pro.kernels.tiles import Device, Tiles  # noqa: E402
 from losia_pro.kernels.write_back import PART, write_back_kernel  # noqa: E402
 
 KIB = 1024
@@ -76,26 +76,23 @@ def test_gather_columns_compiles_and_moves_runs_at_once(arch, group, int64):
     assert any(widest in line for line in loads), loads
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("group", [1, 8], ids=["single", "runs"])
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-def test_subnet_grad_compiles_and_fits(arch, group, dtype):
+def compile_subnet_grad(arch: int, group: int, dtype: torch.dtype, tiles: Tiles) -> Any:
     name = NAMES[dtype]
-    tiles = grad._tiles(dtype, 512, ARCHS[arch])
     types = {"dy_ptr": f"*{name}", "idx_ptr": "*i64", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("T", "M", "N", "T_SPLIT", "stride_dt", "stride_xt"), "i32")
     types["x"] = tile_type(name, tiles.k, tiles.n, arch)
     values = {"stride_dc": 1, "stride_xc": 1, "GROUP": group, "INT64": False, "UPCAST": False}
     values["BULK"] = ARCHS[arch].bulk
     values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
-    binary = compile_for(
-        arch,
-        grad.subnet_grad_kernel,
-        types,
-        values,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return compile_for(arch, grad.subnet_grad_kernel, types, values, **options)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", [1, 8], ids=["single", "runs"])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_subnet_grad_compiles_and_fits(arch, group, dtype):
+    binary = compile_subnet_grad(arch, group, dtype, grad._tiles(dtype, 512, ARCHS[arch]))
     check(binary, arch, dtype)
     if group > 1 and dtype != torch.float32:  # the gather is pipelined, 16 bytes at a time
         assert "cp.async.cg.shared.global" in binary.asm["ptx"]
@@ -108,11 +105,8 @@ def test_sum_splits_compiles(arch):
     assert compile_for(arch, grad.sum_splits_kernel, types, values, num_warps=4).asm["cubin"]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("has_grad", [False, True], ids=["alone", "accumulating"])
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
-    name, tiles = NAMES[dtype], importance._tiles(dtype, 4096, 4096, ARCHS[arch])
+def compile_importance(arch: int, has_grad: bool, dtype: torch.dtype, tiles: Tiles) -> Any:
+    name = NAMES[dtype]
     kept = "bf16" if dtype == torch.bfloat16 else "fp32"
     types = {"importance_ptr": f"*{kept}", "uncertainty_ptr": f"*{kept}", "grad_ptr": "*fp32"}
     types |= {"weight_ptr": f"*{name}"} | dict.fromkeys(("T", "M", "N"), "i32")
@@ -124,15 +118,28 @@ def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
     values |= {"stride_dc": 1, "stride_xc": 1, "stride_wn": 1, "BULK": ARCHS[arch].bulk}
     values |= {"GROUP_M": importance.GROUP_M, "UPCAST": False}
     values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
-    binary = compile_for(
-        arch,
-        importance.importance_update_kernel,
-        types,
-        values,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    check(binary, arch, dtype)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return compile_for(arch, importance.importance_update_kernel, types, values, **options)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("has_grad", [False, True], ids=["alone", "accumulating"])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
+    tiles = importance._tiles(dtype, 4096, 4096, ARCHS[arch])
+    check(compile_importance(arch, has_grad, dtype, tiles), arch, dtype)
+
+
+@pytest.mark.parametrize("arch", [90, 120], ids=["most memory", "least memory"])
+def test_every_launch_shape_that_is_measured_compiles_and_fits(arch):
+    """In bf16: the steps in flight of fp32 are of half as many tokens."""
+    device = ARCHS[arch]
+    for tiles in grad.candidates(torch.bfloat16, device):
+        binary = compile_subnet_grad(arch, 8, torch.bfloat16, tiles)
+        assert binary.metadata.shared <= device.memory, tiles
+    for tiles in importance.candidates(torch.bfloat16, device):
+        binary = compile_importance(arch, True, torch.bfloat16, tiles)
+        assert binary.metadata.shared <= device.memory, tiles
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -15,6 +15,7 @@ COMMANDS = {  # module of this package: what it does. Imported only when it is c
     "merge": "make the tuned model of its base and a delta",
     "inspect": "show what a delta holds",
     "bench": "measure the kernels, a training step, and its memory",
+    "tune": "measure the kernels' launch shapes on this GPU, and keep the fastest",
     "doctor": "show versions, devices, and which implementation each operation uses",
 }
 

@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
         },
         "compiled_module": _compiled_module(),
         "LOSIA_IMPL": dispatch.IMPL,
+        "launch_shapes": {d: found for d in devices if (found := _launch_shapes(d))},
         "operations": {device: {op: _choice(op, device) for op in ops.OPS} for device in devices},
     }
 
@@ -72,6 +73,14 @@ def describe(facts: dict[str, Any]) -> str:
     else:
         built = module["reason"]
     lines += ["", f"Compiled module: {built}"]
+    for device, found in facts["launch_shapes"].items():
+        text = f"{found['measured']} measured" if found["measured"] else "none measured"
+        more = found["problem"] or (
+            "" if found["measured"] else "the kernels' rule decides; losia-pro tune measures"
+        )
+        lines.append(
+            f"Launch shapes on {device}: {text}, {found['file']}" + f": {more}" * bool(more)
+        )
     if facts["LOSIA_IMPL"]:
         lines.append(f"LOSIA_IMPL={facts['LOSIA_IMPL']}")
     for device, operations in facts["operations"].items():
@@ -103,6 +112,21 @@ def _choice(op: str, device: str) -> dict[str, Any]:
         for name, usable, reason in dispatch.explain(op, device)
     ]
     return {"uses": uses, "implementations": implementations}
+
+
+def _launch_shapes(device: str) -> dict[str, Any] | None:
+    """The table of `losia-pro tune` that the Triton kernels use on a GPU; None where they cannot run."""
+    triton = {name: usable for name, usable, _ in dispatch.explain("subnet_grad", device)}["triton"]
+    if not triton or device == "cpu":
+        return None
+    from losia_pro.kernels import tuned
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        measured = len(tuned.table(torch.device(device)))
+    file = str(tuned.path(torch.device(device)))
+    problem = str(caught[0].message) if caught else None
+    return {"file": file, "measured": measured, "problem": problem}
 
 
 def _compiled_module() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`losia-pro bench` on a GPU, and regression benchmarks of the kernels (pytest-benchmark).
 
 pytest -m gpu tests/gpu/test_bench_gpu.py --benchmark-save=NAME
-pytest -m gpu tests/gpu/test_bench_gpu.py --benchmark-compare=NAME --benchmark-compare-fail=median:10%
+pytest -m gpu tests/gpu/test_bench_gpu.py --benchmark-compare='*NAME' --benchmark-compare-fail=median:10%
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from losia_pro import dispatch
-from losia_pro.cli import main
+from losia_pro.cli import main, tune
 from losia_pro.cli.bench import device as devices
 from losia_pro.cli.bench import kernel_tables, kernels, operations
 from losia_pro.cli.bench.meter import AllocatorMeter
@@ -83,11 +83,26 @@ def test_the_allocators_meter_follows_what_lives():
     assert meter.now() == before and meter.peak() == before + 2**20
 
 
+def test_launch_shapes_are_measured_and_the_kernels_take_them(tmp_path, monkeypatch):
+    tuned = pytest.importorskip("losia_pro.kernels.tuned")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Something other than the rule's is kept, whether it is faster or not.
+    monkeypatch.setattr(tune, "best", lambda times: min(set(times[0]) - {"rule"}, key=times[0].get))
+    device = torch.device("cuda", torch.cuda.current_device())
+    tuned.table.cache_clear()
+    assert main(["tune", "--shape", "2048x1024", "--tokens", "1024", "--neuron-groups", "16"]) == 0
+    rows = tuned.read(tuned.path(device), tuned.header(device))
+    assert {row["op"] for row in rows} == set(operations.POINTS)
+    for row in rows:
+        assert tuned.lookup(device, *tuned.key(row)) == tuple(row["tiles"])
+    tuned.table.cache_clear()
+
+
 @pytest.mark.parametrize("op", ["gather_columns", "subnet_grad"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 def test_the_default_choice_is_not_slower_than_plain_pytorch(op, shape, setting):
     """3 % for noise."""
-    rows = kernels._rows(setting, operations.POINTS[op](setting, *shape, TOKENS))
+    rows = kernels.timed(setting, operations.POINTS[op](setting, *shape, TOKENS))
     assert not kernel_tables.wrong(rows)
     ratios = {row["selection"]: kernel_tables.ratio_to(row, "library") for row in rows}
     assert all(ratio <= 1.03 for ratio in ratios.values()), ratios

@@ -152,8 +152,8 @@ def _measure(s: Setting, block: Block, shape: tuple[int, int]) -> list[dict[str,
             return [host.measure(block.what, s.device, s.dtype)]
         if block.op in operations.MODEL_POINTS:
             layers = _layers_that_fit(s, block.what)
-            return _rows(s, operations.MODEL_POINTS[block.op](s, block.what, layers))
-        return _rows(s, operations.POINTS[block.op](s, *shape, block.what))
+            return timed(s, operations.MODEL_POINTS[block.op](s, block.what, layers))
+        return timed(s, operations.POINTS[block.op](s, *shape, block.what))
     except Exception as error:  # noqa: BLE001 - the points after this one are still worth measuring
         key = {"op": block.op, "selection": "all", "in": shape[0], "out": shape[1]}
         reason = "out of memory" if is_out_of_memory(error) else first_line(error)
@@ -171,7 +171,8 @@ def _layers_that_fit(s: Setting, model: str) -> int:
     return max(1, min(shape.layers, int(0.4 * free) // a_layer))
 
 
-def _rows(s: Setting, point: Point) -> list[dict[str, Any]]:
+def timed(s: Setting, point: Point) -> list[dict[str, Any]]:
+    """A row of each case, its right candidates timed together."""
     calls = {}
     for k, case in enumerate(point.cases):
         n = CPU_CALLS if point.graphs else 1

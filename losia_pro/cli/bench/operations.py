@@ -22,7 +22,6 @@ from .points import (
     Setting,
     error,
     error_of,
-    implementations,
     judged,
     sum_allowed,
     unequal,
@@ -51,18 +50,16 @@ def gather_columns(s: Setting, into: int, _: int, tokens: int) -> Point:
         return result
 
     cases = []
-    for selection in SELECTIONS:
+    for selection in s.selections:
         idx, group, row = s.choose(selection, into, selection.in_factor)
         if not idx.numel():
             continue
         truth = x[0][:, idx]
-        calls: dict[str, Call] = {LIBRARY: functools.partial(library, idx=idx)}
-        for name, impl in implementations("gather_columns", s.device):
-            calls[name] = functools.partial(ours, idx=idx, group=group, impl=impl)
-        candidates = {}
-        for name, call in calls.items():
-            check = functools.partial(unequal, call, truth)
-            candidates[name] = judged(call, check, 0.0)
+        plain = functools.partial(library, idx=idx)
+        candidates = {LIBRARY: judged(plain, functools.partial(unequal, plain, truth), 0.0)}
+        for way in s.ways("gather_columns", s.device):
+            call = functools.partial(ours, idx=idx, group=group, impl=way.impl)
+            candidates[way.name] = way.judged(call, functools.partial(unequal, call, truth), 0.0)
         key = _key("gather_columns", selection, into, None, tokens, idx.numel(), None)
         least = traffic.gather_columns(tokens, row, idx.numel(), element)
         cases.append(Case(key, "index_select", least, candidates))
@@ -85,7 +82,7 @@ def subnet_grad(s: Setting, into: int, out: int, tokens: int) -> Point:
         return result
 
     cases = []
-    for selection in SELECTIONS:
+    for selection in s.selections:
         idx, group, row = s.choose(selection, out, selection.out_factor)
         n_in, n_out = selection.n_in(into), idx.numel()
         if not n_in or not n_out:
@@ -98,9 +95,10 @@ def subnet_grad(s: Setting, into: int, out: int, tokens: int) -> Point:
         # At most twice PyTorch's own error, and in fp32 never rounded to the operands' dtype on the way.
         rounding = error(truth.to(s.dtype), truth)
         allowed = 2 * error(plain(0), truth) if s.dtype == torch.float32 else rounding / 2
-        for name, impl in implementations("subnet_grad", s.device):
-            call = functools.partial(ours, x_sub=x_sub, idx=idx, group=group, impl=impl)
-            candidates[name] = judged(call, functools.partial(error_of, call, truth), allowed)
+        for way in s.ways("subnet_grad", s.device):
+            call = functools.partial(ours, x_sub=x_sub, idx=idx, group=group, impl=way.impl)
+            check = functools.partial(error_of, call, truth)
+            candidates[way.name] = way.judged(call, check, allowed)
         key = _key("subnet_grad", selection, into, out, tokens, n_in, n_out)
         least = traffic.subnet_grad(tokens, row, n_out, n_in, element)
         plain_name = "matmul" if n_out == out else "index_select + matmul"
@@ -143,11 +141,12 @@ def importance_update_(s: Setting, into: int, out: int, tokens: int) -> Point:
         return max(error(to[0], true_i), error(to[1], true_u))
 
     own = update_error("torch")
-    for name, impl in implementations("importance_update_", s.device):
+    for way in s.ways("importance_update_", s.device):
         # Squaring g doubles its error, and the second term of the importance may outweigh the first.
-        allowed = 4 * sum_allowed(tokens, score) if impl == "torch" else 2 * own
-        call = functools.partial(ours, impl=impl)
-        candidates[name] = judged(call, functools.partial(update_error, impl), allowed)
+        allowed = 4 * sum_allowed(tokens, score) if way.impl == "torch" else 2 * own
+        call = functools.partial(ours, impl=way.impl)
+        check = functools.partial(update_error, way.impl)
+        candidates[way.name] = way.judged(call, check, allowed)
     key = _key("importance_update_", None, into, out, tokens, into, out)
     least = traffic.importance_update(tokens, out, into, element, score.itemsize)
     return Point(sets, [Case(key, "dense dy^T x alone", least, candidates)])
@@ -198,10 +197,10 @@ def write_back_(s: Setting, model: str, layers: int) -> Point:
                 plain = functools.partial(library, chosen=chosen)
                 check = functools.partial(wrong_entries, plain, chosen, rounded)
                 candidates[LIBRARY] = judged(plain, check, 0.0)
-            for who, impl in implementations("write_back_", s.device):
-                call = functools.partial(ours, chosen=chosen, impl=impl, seed=seed)
+            for way in s.ways("write_back_", s.device):
+                call = functools.partial(ours, chosen=chosen, impl=way.impl, seed=seed)
                 check = functools.partial(wrong_entries, call, chosen, rounded)
-                candidates[who] = judged(call, check, 0.0)
+                candidates[way.name] = way.judged(call, check, 0.0)
             key = {"op": "write_back_", "selection": name, "model": model, "layers": layers}
             cases.append(Case(key, "index_put_ for each layer", Traffic(moved, 0), candidates))
     return Point(1, cases, graphs=False)
@@ -257,10 +256,10 @@ def adamw_(s: Setting, model: str, layers: int) -> Point:
         return float(torch.stack(worst).max())
 
     candidates = {LIBRARY: Candidate(library, 0.0)}
-    for name, impl in implementations("adamw_", s.device):
-        function = dispatch.function("adamw_", start[0][0], impl)
+    for way in s.ways("adamw_", s.device):
+        function = dispatch.function("adamw_", start[0][0], way.impl)
         call = functools.partial(step, on=start, function=function)
-        candidates[name] = judged(call, functools.partial(check, function), 1 + 2**-8)
+        candidates[way.name] = way.judged(call, functools.partial(check, function), 1 + 2**-8)
     key = {"op": "adamw_", "selection": whole.name, "model": model, "layers": layers}
     least = traffic.adamw(sum(t.numel() for t in start[0]))
     return Point(1, [Case(key, "AdamW in fp32, fused on a GPU", least, candidates)], graphs=False)

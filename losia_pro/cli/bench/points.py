@@ -7,9 +7,10 @@ the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,39 @@ from torch import Tensor
 from losia_pro import dispatch
 
 from . import traffic
-from .shapes import Selection
+from .shapes import SELECTIONS, Selection
 from .timing import Call, first_line, n_sets
 from .traffic import Limits, Traffic
 
 LIBRARY = "library"  # plain PyTorch: what the operation is compared with
+
+
+class Way(NamedTuple):
+    """An implementation of an operation; it is called ``within`` a context, where there is one."""
+
+    name: str
+    impl: str | None
+    within: Callable[[], AbstractContextManager[object]] | None = None
+
+    def judged(self, call: Call, check: Callable[[], float], allowed: float) -> Candidate:
+        return judged(self._entered(call), self._entered(check), allowed)
+
+    def _entered(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        within = self.within
+        if within is None:
+            return function
+
+        def entered(*args: Any) -> Any:
+            with within():
+                return function(*args)
+
+        return entered
+
+
+def implementations(op: str, device: torch.device) -> list[Way]:
+    """The default choice and every implementation that can run."""
+    usable = [Way(name, name) for name, can, _ in dispatch.explain(op, device) if can]
+    return [Way("default", None), *usable]
 
 
 @dataclass
@@ -31,6 +60,8 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     limits: Limits
+    selections: Sequence[Selection] = SELECTIONS
+    ways: Callable[[str, torch.device], list[Way]] = implementations
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def randn(self, *size: int) -> Tensor:
@@ -81,12 +112,6 @@ class Point:
     sets: int
     cases: list[Case]
     graphs: bool = True  # else as called from the host
-
-
-def implementations(op: str, device: torch.device) -> list[tuple[str, str | None]]:
-    """The default choice and every implementation that can run."""
-    usable = [(name, name) for name, can, _ in dispatch.explain(op, device) if can]
-    return [("default", None), *usable]
 
 
 def error(result: Tensor, truth: Tensor) -> float:

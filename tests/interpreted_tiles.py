@@ -1,0 +1,154 @@
+"""Launch shapes that are measured, on the CPU; `test_kernels_interpreted.py` runs this file with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from losia_pro import dispatch, reference
+from losia_pro.cli import main, tune
+from losia_pro.cli.bench import device as devices
+from losia_pro.cli.bench import kernels
+from losia_pro.cli.bench.timing import Stats
+from losia_pro.cli.bench.traffic import Limits
+from losia_pro.kernels import launch, tuned
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.table.cache_clear()
+    yield tmp_path
+    tuned.table.cache_clear()
+
+
+def shapes(op: str, dtype: torch.dtype) -> dict:
+    return dict(tune._candidates(op, dtype, CPU))
+
+
+def relative(a: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((a.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_every_launch_shape_that_is_measured_gives_the_right_answer(dtype):
+    """With tiles that end within the matrices."""
+    torch.manual_seed(0)
+    tokens, out, into = 70, 280, 72
+    dy, x = torch.randn(tokens, out).to(dtype), torch.randn(tokens, into).to(dtype)
+    weight = torch.randn(out, into).to(dtype)
+    idx = (torch.arange(0, out // 8, 2)[:, None] * 8 + torch.arange(8)).flatten()
+    for tiles in shapes("gather_columns", dtype).values():
+        with tuned.forced("gather_columns", tiles):
+            assert torch.equal(launch.gather_columns(dy, idx, 8), dy[:, idx]), tiles
+    truth = dy[:, idx].double().T @ x.double()
+    plain = relative(dy[:, idx].float().T @ x.float(), truth)
+    for tiles in shapes("subnet_grad", dtype).values():
+        with tuned.forced("subnet_grad", tiles):
+            ours = launch.subnet_grad(dy, x, idx, torch.float32, 8, fused=True)
+        assert relative(ours, truth) <= 2 * plain, tiles
+    current = reference.importance(dy.double().T @ x.double(), weight.double(), "first")
+    bound = 4 * tokens * torch.finfo(torch.float32).eps
+    for tiles in shapes("importance_update_", dtype).values():
+        kept = torch.zeros(2, out, into)
+        with tuned.forced("importance_update_", tiles):
+            launch.importance_update_(*kept, weight, dy, x, None, 0.5, 0.5, "first")
+        assert relative(kept[0], current / 2) <= bound, tiles
+        assert relative(kept[1], current / 4) <= bound, tiles
+
+
+FASTER = {  # by operation: the launch shape that is to win
+    "gather_columns": "32x64, 8 warps",
+    "subnet_grad": "64x128x32, 8 warps, 3 stages",
+    "importance_update_": "64x128x32, 8 warps, 3 stages",
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Times without a device: what ``clock`` says of a launch shape, else as the rule."""
+    fast: dict[str, float] = {}
+
+    def interleaved(calls, *_):
+        return {n: Stats(fast.get(n.split(" ", 1)[1], 10.0), 9.0, 11.0, 7) for n in calls}
+
+    monkeypatch.setattr(kernels, "interleaved", interleaved)
+    monkeypatch.setattr(devices, "limits", lambda *_: Limits(1e12, 1e12, 32, 0))
+    return fast
+
+
+FLAGS = ["tune", "--device", "cpu", "--dtype", "fp32", "--shape", "256x64", "--tokens", "16,24"]
+FLAGS += ["--rank-factor", "0.5", "--neuron-groups", "1,8"]
+
+
+def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, capsys):
+    clock.update(dict.fromkeys(FASTER.values(), 9.0))
+    assert main(FLAGS) == 0
+    rows = json.loads(tuned.path(CPU).read_text())["rows"]
+    found = {tuned.key(row): tuple(row["tiles"]) for row in rows}
+    assert set(found) == {
+        *(("gather_columns", FP32, n, run) for n in (32, 128) for run in (1, 8)),
+        ("subnet_grad", FP32, 128, 32, 8),
+        ("importance_update_", FP32, 256, 64),
+    }
+    for (op, *_), tiles in found.items():
+        assert tiles == shapes(op, FP32)[FASTER[op]]
+    assert all(row["us"] == [9.0, 9.0] and row["rule_us"] == [10.0, 10.0] for row in rows)
+    assert "0.900x of the rule's time" in capsys.readouterr().out
+
+    launched = []
+    real = launch.gather_columns.__globals__["gather_columns_kernel"]
+
+    class Watched:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return real[grid]
+
+    launch.gather_columns.__globals__["gather_columns_kernel"] = Watched()
+    try:
+        x, idx = torch.randn(64, 256), torch.arange(0, 256, 2)
+        assert torch.equal(launch.gather_columns(x, idx), x[:, idx])
+        launch.gather_columns(x, idx[:100])  # of another size: the rule's
+    finally:
+        launch.gather_columns.__globals__["gather_columns_kernel"] = real
+    assert launched == [(2 * 2,), (64 // 8,)]  # 32 x 64 a program; 8 x 128
+
+    clock.clear()
+    assert main([*FLAGS, "--ops", "subnet_grad"]) == 0
+    left = {tuned.key(row) for row in json.loads(tuned.path(CPU).read_text())["rows"]}
+    assert left == {key for key in found if key[0] != "subnet_grad"}
+
+
+def test_a_launch_shape_that_is_wrong_or_cannot_run_is_not_kept(clock, monkeypatch):
+    clock.update(dict.fromkeys([FASTER["gather_columns"], "16x256, 8 warps"], 5.0))
+    wrong, refused = (shapes("gather_columns", FP32)[name] for name in clock)
+    right = launch.gather_columns
+
+    def gather_columns(*args):
+        if tuned._forced.get("gather_columns") == refused:
+            raise RuntimeError("out of resources")
+        shift = tuned._forced.get("gather_columns") == wrong
+        return right(*args).roll(int(shift), 0)
+
+    monkeypatch.setattr(launch, "gather_columns", gather_columns)
+    dispatch._chosen.cache_clear()
+    try:
+        assert main([*FLAGS, "--ops", "gather_columns"]) == 0
+    finally:
+        dispatch._chosen.cache_clear()
+    assert json.loads(tuned.path(CPU).read_text())["rows"] == []
+
+
+def test_a_rule_that_is_wrong_is_told_by_the_exit_code(clock, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "gather_columns", lambda x, idx, *_: x[:, idx] + 1)
+    dispatch._chosen.cache_clear()
+    try:
+        assert main([*FLAGS, "--ops", "gather_columns"]) == 1
+    finally:
+        dispatch._chosen.cache_clear()
+    assert "WRONG: gather_columns" in capsys.readouterr().out
