@@ -111,7 +111,7 @@ def test_the_printed_commands_and_flags_exist(folder, capsys):
             main([command, "--help"])
         assert exit_.value.code == 0
         shown[command] = capsys.readouterr().out
-    assert set(shown) == {"finetune", "merge", "inspect", "doctor", "bench"}
+    assert set(shown) == {"finetune", "merge", "inspect", "doctor", "bench", "tune"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) - {"--help"}:
         assert f"{flag} " in shown["finetune"] or f"{flag}\n" in shown["finetune"], flag
 
