@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -35,8 +36,35 @@ def relative(a: torch.Tensor, truth: torch.Tensor) -> float:
     return float((a.double() - truth).norm() / truth.norm())
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """The launch shape of each of the kernels' launches."""
+    seen: list[tuple[int, ...]] = []
+    names = "BLOCK_T", "BLOCK_C", "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                seen.append(tuple(options[n] for n in names if n in options))
+                self.kernel[grid](*args, **options)
+
+            return run
+
+    for module in ("gather_columns", "subnet_grad", "importance_update"):
+        module = f"losia_pro.kernels.{module}"
+        name = f"{module.rpartition('.')[2]}_kernel"
+        module = importlib.import_module(module)
+        monkeypatch.setattr(module, name, Watched(getattr(module, name)))
+    return seen
+
+
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_every_launch_shape_that_is_measured_gives_the_right_answer(dtype):
+def test_every_launch_shape_that_is_measured_is_launched_and_gives_the_right_answer(
+    dtype, launched
+):
     """With tiles that end within the matrices."""
     torch.manual_seed(0)
     tokens, out, into = 70, 280, 72
@@ -46,12 +74,14 @@ def test_every_launch_shape_that_is_measured_gives_the_right_answer(dtype):
     for tiles in shapes("gather_columns", dtype).values():
         with tuned.forced("gather_columns", tiles):
             assert torch.equal(launch.gather_columns(dy, idx, 8), dy[:, idx]), tiles
+        assert tiles in (None, launched[-1])
     truth = dy[:, idx].double().T @ x.double()
     plain = relative(dy[:, idx].float().T @ x.float(), truth)
     for tiles in shapes("subnet_grad", dtype).values():
         with tuned.forced("subnet_grad", tiles):
             ours = launch.subnet_grad(dy, x, idx, torch.float32, 8, fused=True)
         assert relative(ours, truth) <= 2 * plain, tiles
+        assert tiles in (None, launched[-1])
     current = reference.importance(dy.double().T @ x.double(), weight.double(), "first")
     bound = 4 * tokens * torch.finfo(torch.float32).eps
     for tiles in shapes("importance_update_", dtype).values():
@@ -60,6 +90,7 @@ def test_every_launch_shape_that_is_measured_gives_the_right_answer(dtype):
             launch.importance_update_(*kept, weight, dy, x, None, 0.5, 0.5, "first")
         assert relative(kept[0], current / 2) <= bound, tiles
         assert relative(kept[1], current / 4) <= bound, tiles
+        assert tiles in (None, launched[-1])
 
 
 FASTER = {  # by operation: the launch shape that is to win
@@ -86,7 +117,7 @@ FLAGS = ["tune", "--device", "cpu", "--dtype", "fp32", "--shape", "256x64", "--t
 FLAGS += ["--rank-factor", "0.5", "--neuron-groups", "1,8"]
 
 
-def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, capsys):
+def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launched, capsys):
     clock.update(dict.fromkeys(FASTER.values(), 9.0))
     assert main(FLAGS) == 0
     rows = json.loads(tuned.path(CPU).read_text())["rows"]
@@ -101,22 +132,11 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, capsys
     assert all(row["us"] == [9.0, 9.0] and row["rule_us"] == [10.0, 10.0] for row in rows)
     assert "0.900x of the rule's time" in capsys.readouterr().out
 
-    launched = []
-    real = launch.gather_columns.__globals__["gather_columns_kernel"]
-
-    class Watched:
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return real[grid]
-
-    launch.gather_columns.__globals__["gather_columns_kernel"] = Watched()
-    try:
-        x, idx = torch.randn(64, 256), torch.arange(0, 256, 2)
-        assert torch.equal(launch.gather_columns(x, idx), x[:, idx])
-        launch.gather_columns(x, idx[:100])  # of another size: the rule's
-    finally:
-        launch.gather_columns.__globals__["gather_columns_kernel"] = real
-    assert launched == [(2 * 2,), (64 // 8,)]  # 32 x 64 a program; 8 x 128
+    launched.clear()
+    x, idx = torch.randn(64, 256), torch.arange(0, 256, 2)
+    assert torch.equal(launch.gather_columns(x, idx), x[:, idx])
+    launch.gather_columns(x, idx[:100])  # of another size: the rule's
+    assert launched == [(32, 64, 8), (8, 128, 8)]
 
     clock.clear()
     assert main([*FLAGS, "--ops", "subnet_grad"]) == 0
