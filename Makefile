@@ -40,5 +40,5 @@ $(VENV)/.demo: $(INPUTS)
 	touch $@
 
 $(VENV)/.test: $(INPUTS)
-	$(PIP) -e '.[cli,peft,dev]'
+	$(PIP) -e '.[cli,peft,evaluate,dev]'
 	touch $@ $(VENV)/.demo

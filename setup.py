@@ -91,7 +91,10 @@ setup(
     # one of that name). The link losia_pro/kernels makes it losia_pro.kernels inside a checkout as well.
     packages=[*find_packages(include=["losia_pro", "losia_pro.*"]), "losia_pro.kernels"],
     package_dir={"losia_pro.kernels": "kernels"},
-    package_data={"losia_pro": ["py.typed"], "losia_pro.kernels": ["tiles-*.json"]},
+    package_data={
+        "losia_pro": ["py.typed", "cli/recipes/*.yaml"],
+        "losia_pro.kernels": ["tiles-*.json"],
+    },
     ext_modules=modules,
     cmdclass={"build_ext": CMakeBuild},
 )

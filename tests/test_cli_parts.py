@@ -18,7 +18,7 @@ from losia_pro.cli.batches import Collate
 from losia_pro.cli.data import Data, Record
 from losia_pro.cli.encode import IGNORE, encode
 from losia_pro.cli.errors import CliError
-from losia_pro.cli.evaluate import evaluate
+from losia_pro.cli.heldout import evaluate
 from losia_pro.cli.interrupt import interruptible
 from losia_pro.cli.rundir import RunFolder
 

@@ -124,8 +124,8 @@ def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
 def test_a_named_dataset_is_read_with_its_test_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     splits = {"train": PAIRS[:5], "test": PAIRS[5:7]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: splits[split])
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(splits))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: splits[split])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, subset: list(splits))
     found = load("someone/thing")
     assert (found.kind, len(found.train), len(found.held_out)) == ("pairs", 5, 2)
     assert found.held_out[1].where == "someone/thing[test] row 1"

@@ -80,7 +80,7 @@ def test_a_wheel_holds_the_kernels_and_nothing_else_of_the_repository(checkout):
     files = {str(p.relative_to(site)) for p in site.rglob("*") if p.is_file()}
     assert files >= KERNELS
     assert {"losia_pro/cli/__init__.py", "losia_pro/integrations/__init__.py"} <= files
-    assert "losia_pro/py.typed" in files
+    assert {"losia_pro/py.typed", "losia_pro/cli/recipes/metamathqa.yaml"} <= files
     assert {f.split("/")[0].split("-")[0] for f in files} == {"losia_pro"}
     where = "import losia_pro.kernels.launch as k; print(k.__file__)"
     found = python(where, checkout.parent, PYTHONPATH=str(site))

@@ -111,9 +111,11 @@ def test_the_printed_commands_and_flags_exist(folder, capsys):
             main([command, "--help"])
         assert exit_.value.code == 0
         shown[command] = capsys.readouterr().out
-    assert set(shown) == {"finetune", "merge", "inspect", "doctor", "bench", "tune"}
+    names = {"finetune", "recipes", "evaluate", "merge", "inspect", "doctor", "bench", "tune"}
+    assert set(shown) == names
+    flags = shown["finetune"] + shown["evaluate"]
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) - {"--help"}:
-        assert f"{flag} " in shown["finetune"] or f"{flag}\n" in shown["finetune"], flag
+        assert f"{flag} " in flags or f"{flag}\n" in flags, flag
 
 
 def test_the_first_command_runs_as_printed(folder, monkeypatch):
@@ -128,6 +130,43 @@ def test_the_first_command_runs_as_printed(folder, monkeypatch):
     assert main([*argv, "--epochs", "1"]) == 0
     record = json.loads((folder / "runs" / "my-losia-pro" / "run.json").read_text())
     assert list(record["results"]) == ["losia-pro", "lora", "full"]
+
+
+def test_the_recipes_commands_run_as_printed_but_for_the_downloads(folder, monkeypatch, capsys):
+    import shlex
+
+    import datasets
+    import lm_eval
+
+    from losia_pro.cli import evaluate, main
+
+    tune, show, judge = (
+        line for c in ("--recipe", "recipes ", "evaluate") for line in COMMANDS if c in line
+    )
+    asked = []
+
+    def rows(name, subset, split):
+        asked.append((name, subset, split))
+        return [{"query": p["prompt"], "response": p["response"]} for p in PAIRS]
+
+    def offline(tasks, **arguments):
+        asked.append(tasks)
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", offline)
+    monkeypatch.setattr(
+        evaluate, "_check_tasks", lambda wanted, known: None
+    )  # tests/test_cli_recipes.py does
+    argv = shlex.split(tune.replace("DIR_OR_HUB_ID", "my-model"), comments=True)[1:]
+    assert main([*argv, "--steps", "1", "--batch-size", "2", "--max-length", "64"]) == 0
+    assert (
+        shlex.join(shlex.split(judge, comments=True)) in capsys.readouterr().out
+    )  # finetune says it too
+    assert main(shlex.split(show, comments=True)[1:]) == 0
+    assert main(shlex.split(judge, comments=True)[1:]) == 2
+    assert "no network" in capsys.readouterr().err
+    assert asked == [("meta-math/MetaMathQA", None, "train"), ["gsm8k"]]
 
 
 def mean(record: dict, method: str, key: str) -> float:

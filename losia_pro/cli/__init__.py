@@ -12,6 +12,8 @@ from .errors import CliError
 
 COMMANDS = {  # module of this package: what it does. Imported only when it is called.
     "finetune": "fine-tune a causal language model",
+    "recipes": "list data and settings that finetune --recipe takes, or show one",
+    "evaluate": "score a model on tasks of lm-evaluation-harness",
     "merge": "make the tuned model of its base and a delta",
     "inspect": "show what a delta holds",
     "bench": "measure the kernels, a training step, and its memory",

@@ -6,19 +6,21 @@ Kinds of data, decided by the first record:
 - ``chat``: ``{"messages": [{"role": str, "content": str}, ...]}``; the assistant's turns are trained;
 - ``text``: ``{"text": str}``; all of it is trained;
 - ``document``: a plain text file, cut into blocks; all of it is trained.
+
+Records of any other fields become ``pairs`` by two templates, one for the prompt and one for the response.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import hub
+from . import hub, named, templates
 from .errors import CliError
 
 KINDS = {"pairs": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
@@ -53,6 +55,9 @@ def load(
     eval_source: str | None = None,
     split: str = "train",
     eval_split: str | None = None,
+    subset: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
 ) -> Data:
     """Read training and held-out data.
 
@@ -62,30 +67,33 @@ def load(
         eval_source: the same for the held-out part.
         split: which split of a folder or dataset is trained on.
         eval_split: which split is held out, or a share such as ``0.1`` of the training data.
+        subset: of a dataset that has several ("configurations"); files have none.
+        prompt, response: Jinja templates over a record's fields; both or none.
 
     Raises:
         CliError: with file and line, for anything that cannot be read as one kind of data.
     """
+    pair = templates.pair(prompt, response)
     for name in (source, eval_source):
         if name is not None and hub.is_on_the_hub(name):
-            _datasets()  # else there is nothing to look with
+            named.datasets()  # else there is nothing to look with
             hub.announce("dataset", name)
-    kind, train = _read(source, split, None)
+    kind, train = _read(source, split, None, subset, pair)
     share = _share(eval_split)
     held_out = None
     if eval_source is not None:
         theirs = eval_split if share is None else None
-        theirs = theirs or _held_out_split(eval_source) or split
-        held_out = _read(eval_source, theirs, kind)[1]
+        theirs = theirs or _held_out_split(eval_source, subset) or split
+        held_out = _read(eval_source, theirs, kind, subset, pair)[1]
     elif share is None:
-        name = eval_split or _held_out_split(source)
+        name = eval_split or _held_out_split(source, subset)
         if eval_split and (Path(source).is_file() or eval_split == split):
             raise CliError(
                 f"--eval-split {eval_split}: {source} has no such split besides the one trained on; "
                 "give a share such as 0.1, or --eval-data"
             )
         if name and name != split:
-            held_out = _read(source, name, kind)[1]
+            held_out = _read(source, name, kind, subset, pair)[1]
     if held_out is None and kind != "document":
         train, held_out = _hold_out(train, share or HELD_OUT_SHARE, source)
     return Data(kind, train, held_out, share or HELD_OUT_SHARE, source)
@@ -115,11 +123,17 @@ def _hold_out(
 # --- sources -------------------------------------------------------------------------------------------
 
 
-def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]:
+def _read(
+    source: str,
+    split: str,
+    kind: str | None,
+    subset: str | None,
+    pair: Callable[[Any, str], Any] | None,
+) -> tuple[str, list[Record]]:
     path = Path(source).expanduser()
     if path.is_dir():
         file = _split_file(path, split)
-        rows = _json_lines(file) if file else _dataset(source, split)
+        rows = _json_lines(file) if file else named.rows(source, split, subset)
     elif path.exists():
         if path.suffix.lower() in TABLES:
             raise CliError(
@@ -127,6 +141,8 @@ def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]
                 "folder of its own and give the folder, which the package datasets reads"
             )
         if path.suffix.lower() not in JSON_LINES:
+            if pair:
+                raise CliError(f"{path}: a text file has no fields for --prompt and --response")
             if kind not in (None, "document"):
                 raise CliError(f"{path}: a text file, but the training data is {kind}")
             return "document", [Record(str(path), _text(path))]
@@ -134,10 +150,15 @@ def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]
     elif hub.is_a_path(source):
         raise CliError(f"{source}: no such file or folder")
     else:
-        rows = _dataset(source, split)
+        rows = named.rows(source, split, subset)
     first = ""
-    records = []
+    records, left_out = [], 0
     for where, row in rows:
+        if pair:
+            row = pair(row, where)
+            if isinstance(row, dict) and not row["response"]:
+                left_out += 1
+                continue
         found = _kind(row, where)
         if kind is None:
             kind, first = found, where
@@ -147,6 +168,10 @@ def _read(source: str, split: str, kind: str | None) -> tuple[str, list[Record]]
                 "all examples must be of one kind"
             )
         records.append(Record(where, _content(row, kind, where)))
+    if left_out:
+        print(
+            f"{source}: {left_out:,} records left out: --response is empty there", file=sys.stderr
+        )
     if not records:
         raise CliError(f"{source}: no examples in it")
     assert kind is not None
@@ -158,13 +183,13 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _held_out_split(source: str) -> str | None:
+def _held_out_split(source: str, subset: str | None) -> str | None:
     path = Path(source).expanduser()
     if path.is_dir() and _split_file(path, "train"):
         return next((name for name in HELD_OUT_NAMES if _split_file(path, name)), None)
     if path.is_file():
         return None
-    names = _dataset_splits(source)
+    names = named.splits(source, subset)
     return next((name for name in HELD_OUT_NAMES if name in names), None)
 
 
@@ -193,59 +218,6 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise CliError(
                 f"{where}: not a JSON object ({error.msg} at column {error.colno}); {ONE_A_LINE}"
             ) from error
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CliError(
-            "reading a dataset by name needs the package datasets: pip install datasets"
-        ) from error
-    datasets.disable_progress_bars()
-    return datasets
-
-
-def _is_saved(source: str) -> bool:
-    return any(os.path.isfile(os.path.join(source, f)) for f in ("state.json", "dataset_dict.json"))
-
-
-def _dataset(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    datasets = _datasets()
-    name = os.path.expanduser(source)
-    here = os.path.isdir(name)
-    try:
-        if _is_saved(name):
-            loaded = datasets.load_from_disk(name)
-            if hasattr(loaded, "keys"):
-                if split not in loaded:
-                    raise CliError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
-                loaded = loaded[split]
-        else:
-            with hub.quiet():
-                loaded = datasets.load_dataset(name, split=split)
-    except CliError:
-        raise
-    except Exception as error:  # whatever a builder, a server or the file system may raise
-        why = str(error).strip().split("\n")[0]
-        if here:
-            raise CliError(f"{source}: split {split!r} cannot be read ({why})") from error
-        raise CliError(
-            f"{source}: no file or folder here, and not a readable dataset on the hub ({why})"
-        ) from error
-    return ((f"{source}[{split}] row {i}", row) for i, row in enumerate(loaded))
-
-
-def _dataset_splits(source: str) -> list[str]:
-    datasets = _datasets()
-    name = os.path.expanduser(source)
-    try:
-        if _is_saved(name):
-            loaded = datasets.load_from_disk(name)
-            return list(loaded) if hasattr(loaded, "keys") else []
-        return list(datasets.get_dataset_split_names(name))
-    except Exception:  # noqa: BLE001 - unreadable: reading it is about to say why
-        return []
 
 
 # --- records -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import options as settings
+from . import recipes
 from .errors import CliError
 from .flags import add_arguments
 from .rundir import RunFolder
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
         folder = _reopen(given, resume)
         options = argparse.Namespace(**folder.record["arguments"])
     else:
-        options = settings.resolve(given)
-        name = f"{Path(options.data).stem}-{options.method}"
+        options = settings.resolve(recipes.expand(given))
+        name = f"{Path(options.recipe or options.data).stem}-{options.method}"
         folder = RunFolder.choose(options.output, name, options.overwrite)
     _check_packages([options.method, *options.compare])
     from rich.console import Console
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if "model" not in given and not resume:
         console.print(f"No --model, no --data: the example. {settings.JOB_SAYS}", highlight=False)
-    loaded = data.load(options.data, options.eval_data, options.split, options.eval_split)
+    names = ("data", "eval_data", "split", "eval_split", "subset", "prompt", "response")
+    loaded = data.load(*(getattr(options, name) for name in names))
 
     _be_quiet()
     from .job import make_job
@@ -235,6 +237,10 @@ def _finish(folder: RunFolder, job: Job) -> None:
     for line in report.notes(record):
         job.console.print(line, highlight=False)
     _say(job.console, ["", *report.files(folder.path)])
+    if job.options.tasks:
+        tasks = ["--tasks", ",".join(job.options.tasks)]
+        command = ["losia-pro", "evaluate", str(folder.path / "merged"), *tasks]
+        _say(job.console, ["", "the recipe's tasks:", f"  {shlex.join(command)}"])
 
 
 def _say(console: Console, lines: list[str]) -> None:

@@ -14,6 +14,7 @@ examples:
   losia-pro finetune                                  the example: a small Llama, a small task, minutes
   losia-pro finetune --model DIR --data my.jsonl --lr 1e-4
   losia-pro finetune --model DIR --data my.jsonl --compare lora,full --lr losia-pro=2e-4,full=2e-5
+  losia-pro finetune --recipe metamathqa --model DIR  data and settings of the paper
   losia-pro finetune --resume runs/my-losia-pro       after Ctrl-C
 """
 
@@ -33,11 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return parser.add_argument_group(title)
 
     g = group("model and data")
+    g.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="data and settings from a file; flags given here come first (losia-pro recipes lists them)",
+    )
     g.add_argument("--model", metavar="PATH|ID", help="folder or hub id of a causal language model")
     g.add_argument(
         "--data",
         metavar="PATH|NAME",
         help="JSONL (prompt/response, messages or text), a text file, a folder, or a dataset on the hub",
+    )
+    g.add_argument(
+        "--subset", metavar="NAME", help="of a dataset that has several, e.g. ARC-Challenge"
+    )
+    g.add_argument(
+        "--prompt",
+        metavar="TEMPLATE",
+        help="with --response, for records of other fields: Jinja, e.g. 'Q: {{ question }} A:'",
+    )
+    g.add_argument(
+        "--response",
+        metavar="TEMPLATE",
+        help="what is trained, e.g. ' {{ answer }}'; a record for which it is empty is left out",
     )
     g.add_argument(
         "--split", metavar="NAME", help=f"of a folder or dataset (default: {d['split']})"

@@ -18,7 +18,7 @@ from .batches import Collate, plan
 from .data import Data
 from .encode import Encoded, encode
 from .errors import CliError
-from .evaluate import Score, evaluate
+from .heldout import Score, evaluate
 from .memory import check_fits
 from .methods import losia_config
 

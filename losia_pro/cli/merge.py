@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(name: str, dtype: str) -> Any:
+def load_model(name: str, dtype: str, what: str = "BASE") -> Any:
     """The model, of the class that its config names."""
     import transformers
 
     from . import hub
     from .job import check_model, first_line
 
-    check_model(name, "BASE")
+    check_model(name, what)
     auto: Any = transformers
     auto.utils.logging.disable_progress_bar()
     try:
@@ -75,7 +75,7 @@ def load_model(name: str, dtype: str) -> Any:
             kind = getattr(auto, named[0], auto.AutoModelForCausalLM)
             return kind.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise CliError(f"BASE {name}: {first_line(error)}") from error
+        raise CliError(f"{what} {name}: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> Any:

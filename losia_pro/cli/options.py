@@ -20,8 +20,13 @@ SCHEDULERS = {  # our name: Trainer's name and arguments
 }
 
 DEFAULTS: dict[str, Any] = {
+    "recipe": None,
+    "tasks": [],  # that the recipe names, for losia-pro evaluate
     "model": None,
     "data": None,
+    "subset": None,
+    "prompt": None,
+    "response": None,
     "eval_data": None,
     "split": "train",
     "eval_split": None,
@@ -88,6 +93,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     options = dict(DEFAULTS)
     if ("model" in given) != ("data" in given):
         one, other = ("data", "model") if "data" in given else ("model", "data")
+        if "recipe" in given:
+            raise CliError(f"--recipe {given['recipe']} needs --model too: a folder or a hub id")
         raise CliError(f"--{one} needs --{other} too; without both, the example runs")
     if "model" not in given:
         options.update(JOB, **_embedded())

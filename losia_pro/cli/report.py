@@ -18,7 +18,9 @@ from .memory import say_bytes
 if TYPE_CHECKING:
     from .job import Job
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "triton")
+PACKAGES = (
+    "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "triton", "lm-eval"
+)  # fmt: skip
 
 FILES = {  # of a run's folder, in the order in which they are listed
     "merged": "the tuned model, for AutoModelForCausalLM.from_pretrained",
