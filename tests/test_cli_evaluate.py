@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 
 import pytest
 import torch
@@ -168,6 +169,7 @@ def test_flags_reach_the_harness(base, tasks, tmp_path, monkeypatch):
     assert evaluate(base, "--tasks", "words,code", "--include", tasks, *flags) == 2
     assert seen["tasks"] == ["words", "code"] and seen["num_fewshot"] == 3 and seen["limit"] == 5
     assert seen["apply_chat_template"] is seen["confirm_run_unsafe_code"] is True
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"  # the metric of humaneval asks for it
     assert seen["model"].batch_size == 7 and seen["model"].max_length == 32
 
 

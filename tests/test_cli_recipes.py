@@ -178,7 +178,7 @@ def test_a_run_follows_its_recipe_and_its_flags_come_first(model, tmp_path, monk
         "--max-length",
         64,
     )
-    assert finetune("--recipe", "arc-challenge", *flags, "--lr", "lora=1e-3") == 0
+    assert finetune("--recipe", "arc-challenge", *flags, "--lr", "losia=1e-3") == 0
     r = record(tmp_path / "runs" / "arc-challenge-losia-pro")
     a = r["arguments"]
     assert (a["period"], a["output_factor"], a["subset"]) == (
@@ -187,7 +187,7 @@ def test_a_run_follows_its_recipe_and_its_flags_come_first(model, tmp_path, monk
         "ARC-Challenge",
     )  # the recipe's
     assert (a["steps"], a["batch_size"], r["steps"]) == (2, 2, 2)  # the flags'
-    assert a["lr"]["losia-pro"] == 5e-5 and a["lr"]["lora"] == 1e-3 and a["lr"]["full"] == 2e-5
+    assert a["lr"]["losia-pro"] == 5e-5 and a["lr"]["losia"] == 1e-3 and a["lr"]["full"] == 2e-5
     assert r["examples"]["train"] == 8 and r["examples"]["held_out"] == 8
     out = capsys.readouterr().out
     assert "losia-pro evaluate runs/arc-challenge-losia-pro/merged --tasks arc_challenge" in out
