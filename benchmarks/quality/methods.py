@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import losia_pro
@@ -22,6 +23,7 @@ from .model import training_loss
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 CALIBRATION = 4  # batches
 STUDY = 9  # the tier of what is no part of the table
+Lever = dict[str, Any]  # what levers.py does beside the configuration, by name
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Method:
     tier: int
     settings: dict[str, Any] = field(default_factory=dict)
     area: float | None = None
+    lever: Lever = field(default_factory=dict)
 
     def decides(self) -> str:
         """All of it that decides a run, defaults included; what is None is left out, so that an option that comes
@@ -42,11 +45,14 @@ class Method:
         if self.kind == "losia":
             settings = LosiaConfig(**settings).to_dict()
             settings = {k: v for k, v in settings.items() if v is not None}
-        return repr((self.kind, sorted(settings.items()), self.area))
+        parts = (self.kind, sorted(settings.items()), self.area)
+        return repr((*parts, sorted(self.lever.items())) if self.lever else parts)
 
 
-def losia(tier: int = STUDY, start: int = -4, **settings: Any) -> Method:
-    return Method("losia", start, tier, settings)
+def losia(
+    tier: int = STUDY, start: int = -4, lever: Lever | None = None, **settings: Any
+) -> Method:
+    return Method("losia", start, tier, settings, lever=lever or {})
 
 
 def _lora(tier: int, start: int = -5, area: float | None = None, **settings: Any) -> Method:
@@ -109,6 +115,8 @@ def prepare(method: Method, model: Any, seed: int, first: Callable[[], list[Part
         return Prepared(model, list(model.parameters()))
     if method.kind == "losia":
         config = LosiaConfig(**method.settings, seed=seed)
+        if "weights" in method.lever:
+            model.to(getattr(torch, method.lever["weights"]))
         losia = losia_pro.attach(model, config)
         if config.init == "calibrate":
             losia.calibrate(first(), training_loss)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from . import levers
 from .methods import METHODS, Method, losia
 from .plan import Row
 
@@ -125,6 +126,9 @@ STUDIES = {
         (),
     ),
 }  # fmt: skip
+
+STUDIES |= {name: Study(methods, ()) for name, methods in levers.STUDIES.items()}
+STUDIES["levers"] = Study(levers.all_of_them(), ())
 
 for _name, _study in STUDIES.items():
     for _key, _method in _study.methods.items():

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import methods, model
-from .corpora import Domain
+from . import levers, methods, model
+from .corpora import Domain, Part
 from .plan import rate
 from .settings import Setting, learning_rate
 from .sources import PYTHON
@@ -103,12 +103,27 @@ def train(
             itertools.islice(model.batches(data, size, setting.steps, seed), methods.CALIBRATION)
         )
 
-    prepared = methods.prepare(method, net, seed, first)
-    tuned = prepared.model
-    optimizer = torch.optim.AdamW(prepared.parameters, lr=lr, weight_decay=0.0, fused=cuda)
-    if prepared.losia is not None:
-        prepared.losia.bind(optimizer)
-    if compiled and not method.settings.get("use_dora"):  # whose graph breaks in every linear
+    with levers.pulled(method.lever):
+        prepared = methods.prepare(method, net, seed, first)
+        optimizer = levers.optimizer_of(method.lever, prepared, lr, cuda)
+        if method.settings.get("use_dora"):  # whose graph breaks in every linear
+            compiled = False
+        return prepared, _steps(setting, prepared, optimizer, data, size, lr, seed, compiled)
+
+
+def _steps(
+    setting: Setting,
+    prepared: methods.Prepared,
+    optimizer: torch.optim.Optimizer,
+    data: Part,
+    size: int,
+    lr: float,
+    seed: int,
+    compiled: bool,
+) -> float:
+    """The seconds that they took."""
+    tuned, cuda = prepared.model, data.rows.device.type == "cuda"
+    if compiled:
         model.compile_blocks(tuned)
     if cuda:
         torch.cuda.synchronize()
@@ -122,4 +137,4 @@ def train(
     if cuda:
         torch.cuda.synchronize()
     model.stop_compiling(tuned)
-    return prepared, time.perf_counter() - begun
+    return time.perf_counter() - begun

@@ -1,0 +1,270 @@
+"""benchmarks/quality/levers.py: each lever does what it says, and nothing of it is left after a run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from benchmarks.quality import levers, model, rates, settings, studies, training
+from benchmarks.quality.corpora import Part, windows
+from benchmarks.quality.methods import METHODS, losia, prepare
+
+from losia_pro.profile import Profile
+
+TOY = settings.SIZES["toy"]
+RECORD = Path(__file__).parent.parent / "benchmarks" / "results" / "quality-26m.jsonl"
+MOVED = {"in_factor": 1 / 4, "out_factor": 1, "period": 2}
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    torch.manual_seed(0)
+    return model.build(TOY, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def part():
+    source = Path(settings.__file__).read_text()
+    return Part(*(t[:8] for t in windows([source], TOY.length, None)))
+
+
+def start(method, base, lr=1e-2):
+    prepared = prepare(method, copy.deepcopy(base), 0, list)
+    return prepared, levers.optimizer_of(method.lever, prepared, lr, False)
+
+
+def step(prepared, optimizer, part):
+    optimizer.zero_grad()
+    model.training_loss(prepared.model, part).backward()
+    optimizer.step()
+
+
+# --- keys ---------------------------------------------------------------------------------------------
+
+DECIDES = {
+    "full": "0a586a03",
+    "losia-1/8": "76d38c45",
+    "losia-1/16x1-calibrated": "fd3735cf",
+    "losia-1/4": "d763bc7c",
+    "losia-1/16x1": "d71c206e",
+    "lora-r8": "c725d13c",
+    "losia-paper-T10": "bc2a218c",
+    "lora-as-1/8": "c4eb9053",
+}
+DIGEST = "8487321d0728"  # of the setting
+
+
+def test_runs_on_record_are_still_those_of_the_methods_of_their_names():
+    """Their keys are hashes of these texts among others: another text, and every run is made again."""
+    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    names = {row["method"] for row in rows} - {"base"}
+    now = {n: hashlib.sha256(METHODS[n].decides().encode()).hexdigest()[:8] for n in names}
+    assert now == {n: DECIDES[n] for n in names}
+    assert settings.SIZES["26m"].digest() == DIGEST
+
+
+def test_a_lever_makes_another_run_and_none_makes_the_same():
+    plain = losia(**levers.FIXED)
+    assert plain.decides() == METHODS["losia-1/16x1"].decides()
+    assert losia(**levers.FIXED, lever={}).decides() == plain.decides()
+    texts = {losia(**levers.FIXED, lever={"decay": d}).decides() for d in (0.1, 0.5)}
+    assert len(texts | {plain.decides()}) == 3
+
+
+def test_every_lever_is_in_the_study_of_all_once():
+    single = {m.decides() for methods in levers.STUDIES.values() for m in methods.values()}
+    every = [METHODS[n].decides() for n in studies.names("levers")]
+    assert set(every) == single and len(every) == len(single)
+
+
+# --- what each does -----------------------------------------------------------------------------------
+
+
+def test_decay_pulls_towards_the_base_by_the_rate_times_lambda(untrained, part):
+    decayed = losia(**levers.FIXED, lever={"decay": 0.5})
+    prepared, optimizer = start(decayed, untrained)
+    base = {n: m.subnet.detach().clone() for n, m in prepared.losia.modules.items()}
+    step(prepared, optimizer, part)
+    away = {n: m.subnet.detach() - base[n] for n, m in prepared.losia.modules.items()}
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lr"] = 0.1
+    for p in prepared.parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, m in prepared.losia.modules.items():
+        assert away[name].abs().max() > 0
+        torch.testing.assert_close(m.subnet - base[name], 0.95 * away[name], rtol=1e-4, atol=1e-7)
+        assert torch.equal(m.weight[m.out_idx[:, None], m.in_idx], m.subnet.detach())
+
+
+def test_muon_makes_updates_of_nearly_equal_singular_values(untrained, part):
+    spread = {}
+    for kind in ("muon", "adam"):
+        method = losia(in_factor=1 / 4, out_factor=1, period=None, lever={"optimizer": kind})
+        prepared, optimizer = start(method, untrained)
+        m = next(iter(prepared.losia.modules.values()))
+        before = m.subnet.detach().clone()
+        step(prepared, optimizer, part)
+        values = torch.linalg.svdvals(m.subnet.detach() - before)
+        spread[kind] = float(values.max() / values.min())
+    assert spread["muon"] < 2 < spread["adam"]
+
+
+def test_without_muon_that_is_said(untrained, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(RuntimeError, match="has no torch.optim.Muon"):
+        start(losia(**levers.FIXED, lever={"optimizer": "muon"}), untrained)
+
+
+def test_carried_moments_are_the_old_ones_at_the_entries_that_stay(untrained, part):
+    method = losia(**MOVED, lever={"carry": True})
+    with levers.pulled(method.lever):
+        prepared, optimizer = start(method, untrained)
+        first = prepared.losia.group_modules(0)
+        step(prepared, optimizer, part)
+        old = {n: (m.out_idx.clone(), m.in_idx.clone()) for n, m in first.items()}
+        moments = {}
+        bound = importlib.import_module("losia_pro.reselect").relocate
+
+        def watch(modules, config):
+            for m in modules:
+                moments[m] = {k: v.clone() for k, v in optimizer.state[m.subnet].items()}
+            return bound(modules, config)
+
+        importlib.import_module("losia_pro.reselect").relocate = watch
+        step(prepared, optimizer, part)
+    stayed = 0
+    for name, m in first.items():
+        stays = torch.isin(m.in_idx, old[name][1])
+        at = torch.searchsorted(old[name][1], m.in_idx[stays])
+        stayed += int(stays.sum())
+        state, last = optimizer.state[m.subnet], moments[m]
+        assert state["step"] == 2
+        for k in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[k][:, stays], last[k][:, at])
+        new = state["exp_avg_sq"][:, ~stays]
+        assert not state["exp_avg"][:, ~stays].any()
+        assert torch.equal(new, last["exp_avg_sq"].mean().expand_as(new))
+    assert stayed
+
+
+def moved(base, part, lever, steps=1, **changes):
+    """The controller after the first group's first move."""
+    method = losia(**{**MOVED, "period": steps, **changes}, lever=lever)
+    with levers.pulled(lever):
+        prepared, optimizer = start(method, base)
+        for _ in range(steps):
+            step(prepared, optimizer, part)
+    return prepared.losia
+
+
+def test_hysteresis_keeps_more(untrained, part):
+    none, *kept = (
+        sum(h.overlap for h in moved(untrained, part, lever, 2).history)
+        for lever in ({}, {"hysteresis": 0.0}, {"hysteresis": 0.5}, {"hysteresis": 1e6})
+    )
+    assert none == kept[0] < kept[1] < kept[2] == 7.0
+
+
+@pytest.mark.parametrize(("score", "power"), [("|g|", 1), ("g^2", 2)])
+def test_a_gradient_score_is_of_the_gradient_alone(score, power, untrained, part):
+    plain = copy.deepcopy(untrained)
+    model.training_loss(plain, part).backward()
+    for name, m in moved(untrained, part, {"score": score}, score="i").group_modules(0).items():
+        sums = plain.get_submodule(name).weight.grad.abs().pow(power).sum(0)
+        assert set(m.in_idx.tolist()) == set(sums.topk(len(m.in_idx)).indices.tolist())
+
+
+def test_a_random_score_moves_elsewhere_each_time(untrained, part):
+    places = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losia_ = moved(untrained, part, {"score": "random"})
+        places.append([m.in_idx.tolist() for m in losia_.group_modules(0).values()])
+    assert places[0] == places[1] != places[2]
+
+
+def test_size_of_weights_alone_chooses_the_largest(untrained, part):
+    lever = {"score": "|w|"}
+    method = losia(**{**MOVED, "period": 1}, lever=lever)
+    with levers.pulled(lever):
+        prepared, optimizer = start(method, untrained, lr=0.0)
+        for p in prepared.parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    name, m = next(iter(prepared.losia.group_modules(0).items()))
+    sums = untrained.get_submodule(name).weight.abs().double().sum(0)
+    assert set(m.in_idx.tolist()) == set(sums.topk(len(m.in_idx)).indices.tolist())
+
+
+def test_slots_take_several_groups_and_begin_where_they_are_told():
+    two = levers.Slots(5, 10, at_once=2)
+    assert [two.profiled(s) for s in (0, 10, 20, 30)] == [(0, 1), (2, 3), (4,), (0, 1)]
+    assert two.reselected(19) == (2, 3) and two.rewarm(20, 3) == 0.1 and two.rewarm(20, 1) == 1
+    last = levers.Slots(5, 10, last_first=True)
+    assert [last.profiled(s) for s in (0, 10, 49, 50)] == [(4,), (3,), (0,), (4,)]
+    assert levers.Slots(5, None, at_once=2).profiled(3) == ()
+
+
+def test_the_slots_reach_the_controller(untrained, part):
+    for lever, groups in (({"at_once": 2}, {0, 1}), ({"last_first": True}, {1})):
+        assert {h.group for h in moved(untrained, part, lever).history} == groups
+
+
+def test_budgets_move_inputs_between_projections_at_equal_size():
+    base = model.build(settings.SIZES["26m"], torch.device("cpu"))
+    equal = prepare(METHODS["budgets: equal"], copy.deepcopy(base), 0, list)
+    for name in ("mlp twice", "v, o, down twice"):
+        method = METHODS[f"budgets: {name}"]
+        with levers.pulled(method.lever):
+            prepared = prepare(method, copy.deepcopy(base), 0, list)
+        assert abs(prepared.trainable / equal.trainable - 1) < 0.02
+        inputs = {
+            n.rpartition(".")[2]: len(m.in_idx) / m.weight.shape[1]
+            for n, m in prepared.losia.group_modules(0).items()
+        }
+        for projection, share in inputs.items():
+            wanted = method.lever["inputs"].get(projection, 1)
+            assert abs(share / inputs["q_proj"] - wanted) < 0.06
+
+
+def test_bf16_is_the_dtype_of_weights_and_only_of_the_subnets_meant(untrained):
+    for name, dtype in (("fp32 subnets", torch.float32), ("bf16 subnets", torch.bfloat16)):
+        prepared, _ = start(METHODS[f"bf16: {name}"], untrained)
+        m = next(iter(prepared.losia.modules.values()))
+        assert (m.weight.dtype, m.subnet.dtype) == (torch.bfloat16, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in studies.names("levers") if METHODS[n].lever])
+def test_every_lever_trains_and_leaves_the_package_as_it_was(name, untrained, part):
+    domain = {"train": part, "valid": part, "test": part}
+    rooms = [importlib.import_module(f"losia_pro.{n}") for n in ("reselect", "controller")]
+    before = [dict(vars(owner)) for owner in (Profile, *rooms)]
+    job = {"method": name, "target": "cpp", "lr": 1e-2, "seed": 0}
+    setting = settings.dataclasses.replace(TOY, steps=12)
+    row = training.tune(setting, untrained, {"cpp": domain, "python": domain}, job, False)
+    assert row["test_loss"] < model.evaluate(untrained, part, 8)[0]
+    assert [dict(vars(owner)) for owner in (Profile, *rooms)] == before
+
+
+# --- the rule for the learning rate -------------------------------------------------------------------
+
+
+def test_the_rule_is_of_searches_that_are_complete():
+    rows = [
+        {"status": "ok", "method": "losia-1/8", "target": t, "seed": 1000, "exponent": e, "valid_loss": v}
+        for t, losses in {"cpp": {-5: 2.0, -4: 1.0, -3: None}, "docs": {-5: 1.0, -4: 2.0}}.items()
+        for e, v in losses.items()
+    ]  # fmt: skip
+    assert rates.best_rates(rows) == {"losia-1/8": {"cpp": -4}}
+    assert "losia-1/8 (inputs x outputs 0.125 x 0.125) 10^-2.00" in rates.rate_rule(rows)
+    assert "complete" in rates.rate_rule([])
