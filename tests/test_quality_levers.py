@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.quality import levers, model, rates, settings, studies, training
+from benchmarks.quality.arrange import arrange, spanning
 from benchmarks.quality.corpora import Part, windows
 from benchmarks.quality.methods import METHODS, losia, prepare
 
@@ -268,3 +269,24 @@ def test_the_rule_is_of_searches_that_are_complete():
     assert rates.best_rates(rows) == {"losia-1/8": {"cpp": -4}}
     assert "losia-1/8 (inputs x outputs 0.125 x 0.125) 10^-2.00" in rates.rate_rule(rows)
     assert "complete" in rates.rate_rule([])
+
+
+def test_spanning_inputs_leave_out_what_others_explain():
+    torch.manual_seed(0)
+    x = torch.randn(1000, 6, dtype=torch.float64)
+    x[:, 3] = 2 * x[:, 0] + 3 * x[:, 1]  # the largest; with one of those two it explains the other
+    x[:, 5] *= 0.1
+    assert spanning(x.T @ x, 4).tolist() in ([0, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_spanning_inputs_are_chosen_and_norms_trained_before_the_first_step(untrained, part):
+    method = losia(**levers.FIXED, lever={"spanning": True, "norms": True})
+    prepared, optimizer = start(method, untrained)
+    before = {n: m.in_idx.clone() for n, m in prepared.losia.modules.items()}
+    arrange(method.lever, prepared, lambda: [part])
+    moved = [not torch.equal(m.in_idx, before[n]) for n, m in prepared.losia.modules.items()]
+    assert all(moved)
+    norms = [p for n, p in prepared.model.named_parameters() if "norm" in n]
+    assert norms and {id(p) for p in norms} <= {id(p) for p in prepared.parameters}
+    model.training_loss(prepared.model, part).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in norms)

@@ -14,6 +14,8 @@ of the package for as long as a run lasts. What pays may become part of the pack
 - ``at_once``, ``last_first``: how many groups are profiled in a slot, and whether from the last one on.
 - ``inputs``: relative numbers of inputs by projection (1 if not named), at equal total size.
 - ``weights``: "bfloat16", of the whole model.
+- ``spanning``: the inputs are those whose span holds most of the inputs' second moments, greedily.
+- ``norms``: the weights of the norms are trained too.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def _pull(basis: dict[str, Any], start: int = -4, **lever: Any) -> Method:
 
 
 BF16 = {"weights": "bfloat16"}
+EIGHTH: dict[str, Any] = {"in_factor": 1 / 8, "out_factor": 1, "period": None}
 STUDIES: dict[str, dict[str, Method]] = {
     "base-decay": {
         "none": losia(**FIXED),
@@ -88,6 +91,33 @@ STUDIES: dict[str, dict[str, Method]] = {
     "bf16": {
         "fp32 subnets": _pull(FIXED, **BF16),
         "bf16 subnets": _pull({**FIXED, "subnet_dtype": "bfloat16"}, **BF16),
+    },
+    "sizes": {
+        "1/16 x 1": losia(**FIXED),
+        "1/32 x 1": losia(in_factor=1 / 32, out_factor=1, period=None),
+        "1/8 x 1": losia(**EIGHTH),
+        "1/4 x 1": losia(in_factor=1 / 4, out_factor=1, period=None),
+        "1/8 x 1, groups of 8": losia(**EIGHTH, neuron_group=8),
+        "1/8 x 1, to base, 0.1": _pull(EIGHTH, decay=0.1),
+        "1/8 x 1, Muon": _pull(EIGHTH, optimizer="muon"),
+        "1/8 x 1, bf16 subnets": _pull({**EIGHTH, "subnet_dtype": "bfloat16"}, **BF16),
+    },
+    "sixteenths": {
+        "1/16 x 1": losia(**FIXED),
+        "1/8 x 1/2": losia(in_factor=1 / 8, out_factor=1 / 2, period=None),
+        "1/4 x 1/4": losia(rank_factor=1 / 4, period=None),
+        "1 x 1/16": losia(in_factor=1, out_factor=1 / 16, period=None),
+        "1/16 x 1, shared inputs": losia(**FIXED, share_inputs=True),
+    },
+    "start": {
+        "random": losia(**FIXED),
+        "by importance": losia(**FIXED, init="calibrate"),
+        "spanning inputs": _pull(FIXED, spanning=True),
+    },
+    "besides": {
+        "linears": losia(**FIXED),
+        "and the head": losia(**FIXED, output_factor=1),
+        "and the norms": _pull(FIXED, norms=True),
     },
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import levers, methods, model
+from .arrange import arrange
 from .corpora import Domain, Part
 from .plan import rate
 from .settings import Setting, learning_rate
@@ -105,6 +106,7 @@ def train(
 
     with levers.pulled(method.lever):
         prepared = methods.prepare(method, net, seed, first)
+        arrange(method.lever, prepared, first)
         optimizer = levers.optimizer_of(method.lever, prepared, lr, cuda)
         if method.settings.get("use_dora"):  # whose graph breaks in every linear
             compiled = False
