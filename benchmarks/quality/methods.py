@@ -71,6 +71,7 @@ METHODS = {
     "losia-1/8": losia(1, rank_factor=1 / 8, **FIXED),
     "losia-1/4": losia(1, rank_factor=1 / 4, **FIXED),
     "losia-1/16x1": losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
+    "losia-1/8x1": losia(1, in_factor=1 / 8, out_factor=1, **FIXED),
     "losia-1/16x1-calibrated": losia(1, in_factor=1 / 16, out_factor=1, **CALIBRATED),
     "lora-as-1/4": _lora(2, area=1 / 16),
     "losia-1/4-calibrated": losia(2, rank_factor=1 / 4, **CALIBRATED),
