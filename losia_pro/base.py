@@ -63,6 +63,19 @@ class Touched:
         return (out_idx[:, None], in_idx), ~seen
 
     @torch.no_grad()
+    def values_at(self, out_idx: Tensor, in_idx: Tensor) -> Tensor:
+        """What the base has at a place all of whose entries are recorded; on the CPU, in the weight's dtype."""
+        out_idx, in_idx = out_idx.cpu(), in_idx.cpu()
+        found = self.values[0].new_empty(len(out_idx), len(in_idx))
+        for k, values in enumerate(self.values):
+            (rows, columns), new = self._entries(k, values.device)
+            block = values.new_empty(new.shape).masked_scatter_(new, values)
+            row, column = (_places(a, b) for a, b in ((rows[:, 0], out_idx), (columns, in_idx)))
+            to, at = ((row[i][:, None], column[i]) for i in (1, 0))
+            found[to] = torch.where(new[at], block[at], found[to])
+        return found
+
+    @torch.no_grad()
     def swap(self, weight: Tensor, bias: Tensor | None) -> None:
         """Exchange the values here with those of the linear."""
         for k, values in enumerate(self.values):
@@ -84,6 +97,11 @@ class Touched:
                 "inside losia.base() the model has its base values and is only called, under torch.no_grad(); "
                 "train, save, load and detach it after the block"
             )
+
+
+def _places(of: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ``of``, and where in ``among``, the numbers are that both have; both are sorted."""
+    return torch.isin(of, among).nonzero()[:, 0], torch.isin(among, of).nonzero()[:, 0]
 
 
 def record(losia: Losia, names: Iterable[str]) -> None:

@@ -28,6 +28,7 @@ SETTINGS = (
     "beta1",
     "beta2",
     "rewarm",
+    "base_decay",
     "neuron_group",
     "share_inputs",
     "subnet_dtype",

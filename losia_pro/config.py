@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class LosiaConfig:
         score: "iu" importance times uncertainty (the paper), "i" or "u" either alone.
         beta1, beta2: smoothing of importance and of uncertainty, in [0, 1).
         rewarm: rewarm the learning rate of a moved group.
+        base_decay: weight decay towards the base model instead of towards zero: after each step at learning rate
+            ``lr``, ``subnet -= lr * base_decay * (subnet - base)``. For any optimizer, beside its own decay, which
+            is best left at 0 then; keeps the base's values of the subnets on the device, in the weight's dtype.
         neuron_group: choose neurons in aligned runs of this many; sizes are rounded down to whole runs.
         share_inputs: one ``X_S`` for linears of a block that read the same input (q, k, v; gate, up): gathered
             and kept once. Found in one forward on the model's ``dummy_inputs``, or ``attach``'s example.
@@ -67,6 +71,7 @@ class LosiaConfig:
     beta1: float = 0.85
     beta2: float = 0.85
     rewarm: bool = True
+    base_decay: float = 0.0
     subnet_dtype: Literal["bfloat16"] | None = None
     train_bias: bool = False
     impl: str | None = None
@@ -154,6 +159,7 @@ _NUMBERS: dict[str, _Number] = {
     "out_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
     "output_factor": (float, lambda v: 0 <= v <= 1, "in [0, 1]"),
     "period": (int, lambda v: v >= 1, "a whole number of optimizer steps >= 1 or None"),
+    "base_decay": (float, lambda v: 0 <= v < math.inf, "a finite number >= 0"),
     "beta1": (float, lambda v: 0 <= v < 1, "in [0, 1)"),
     "beta2": (float, lambda v: 0 <= v < 1, "in [0, 1)"),
     "neuron_group": (int, lambda v: v >= 1, "a whole number >= 1"),

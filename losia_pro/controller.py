@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import base, checkpoint, delta, rounding, sharded
+from . import base, checkpoint, decay, delta, rounding, sharded
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, replace, restore
@@ -89,6 +89,7 @@ class Losia:
         replace(model, self._swaps)
         keep_from_broadcast(model, self.modules.values())
         base.record(self, self.modules)
+        self.anchors = decay.Anchors()
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
@@ -187,6 +188,8 @@ class Losia:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.config.base_decay and not self._skip:
+            decay.pull(self, optimizer)
         # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
         for k, (subnets, old, factor) in enumerate(self._before):
             if self.config.subnet_dtype is None:

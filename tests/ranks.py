@@ -26,7 +26,9 @@ import losia_pro
 from losia_pro import LosiaConfig
 from losia_pro.sharded import whole
 
-CONFIG = LosiaConfig(rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bias=True)
+CONFIG = LosiaConfig(
+    rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bias=True, base_decay=0.5
+)
 LR, MOMENTUM, STEPS, BATCH = 0.1, 0.9, 14, 12  # re-selections after 3, 6, 9 and 12 steps
 
 

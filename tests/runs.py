@@ -12,7 +12,9 @@ import losia_pro
 from losia_pro import LosiaConfig
 
 LR, STEPS = 1e-2, 14
-CONFIG = LosiaConfig(rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bias=True)
+CONFIG = LosiaConfig(
+    rank_factor=1 / 4, period=3, output_factor=1 / 2, train_bias=True, base_decay=0.5
+)
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1),

@@ -44,7 +44,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("kinds",),
     ("convert", "delta", "discover"),
     ("distributed", "inputs", "reselect", "switch"),
-    ("calibrate", "checkpoint"),
+    ("calibrate", "checkpoint", "decay"),
     ("controller",),
     ("__init__",),
     ("integrations",),

@@ -24,6 +24,7 @@ REFUSED = {
     "out_factor": (0.0, -1, 1.01, "", True),
     "output_factor": (-0.1, 1.1, NAN, None, "0.5", True),
     "period": (0, -3, 2.0, 2.5, "10", True, [3]),
+    "base_decay": (-0.1, NAN, INF, None, "0.5", True),
     "beta1": (-0.1, 1, 1.0, NAN, "a", None, False),
     "beta2": (-1, 1.0, INF, "0.8", None, True),
     "neuron_group": (0, -8, 2.5, 8.0, None, "8", True),

@@ -1,0 +1,164 @@
+"""Decay towards the base: the equation, over moves and rewarming, for any optimizer, and where nothing may decay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import toys
+from runs import STEPS, Run
+from torch import nn
+
+import losia_pro
+from losia_pro import LosiaConfig, optim
+from losia_pro.base import Touched
+
+DECAY = 0.5
+CONFIG = LosiaConfig(rank_factor=1 / 4, period=3, output_factor=1 / 2, base_decay=DECAY)
+
+
+def train(config, lr, steps=STEPS, head_lr=None):
+    """A run in fp64 under SGD, and its base; ``see(losia)`` before each step."""
+    model = toys.stack(torch.float64)
+    base = copy.deepcopy(model.state_dict())
+    losia = losia_pro.attach(model, config)
+    head = [losia.modules[n].subnet for n in losia.groups[-1]]
+    others = [p for p in losia.parameters() if not any(p is h for h in head)]
+    groups = [{"params": others}, {"params": head, "lr": head_lr or lr}]
+    optimizer = torch.optim.SGD(groups, lr=lr)
+    losia.bind(optimizer)
+    for batch in toys.batches(steps, dtype=torch.float64):
+        optimizer.zero_grad()
+        toys.loss_of(model, batch).backward()
+        yield losia, base
+        optimizer.step()
+    yield losia, base
+
+
+@pytest.mark.parametrize("rewarm", [True, False])
+def test_each_step_is_the_plain_one_and_then_the_pull_at_the_groups_own_rate(rewarm):
+    """Over three moves of each kind; rewarmed, the whole of it is scaled."""
+    config = LosiaConfig(**{**CONFIG.to_dict(), "rewarm": rewarm})
+    expected: dict[str, torch.Tensor] = {}
+    moved = 0
+    for losia, base in train(config, lr=0.1, steps=22, head_lr=0.03):
+        for group, names in enumerate(losia.groups):
+            lr = 0.03 if group == len(losia.groups) - 1 else 0.1
+            factor = losia.schedule.rewarm(losia.step, group) if rewarm else 1.0
+            for name in names:
+                m = losia.modules[name]
+                at = (m.out_idx[:, None], m.in_idx)
+                if name in expected:
+                    dense = expected[name]
+                    torch.testing.assert_close(m.weight.detach(), dense, rtol=1e-12, atol=1e-15)
+                moved += (losia.step, name) in {(r.step, r.name) for r in losia.history}
+                old = m.weight.detach().clone()
+                stepped = old[at] - lr * m.subnet.grad
+                pulled = stepped - lr * DECAY * (stepped - base[f"{name}.weight"][at])
+                old[at] += factor * (pulled - old[at])
+                expected[name] = old
+    assert moved > len(losia.modules)
+
+
+def test_without_gradient_signal_subnets_come_back_to_the_base():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1, period=None, base_decay=DECAY))
+    m = losia.modules["0"]
+    base = m.weight.detach().clone()
+    optimizer = torch.optim.AdamW(losia.parameters(), lr=0.1, weight_decay=0)
+    losia.bind(optimizer)
+    with torch.no_grad():
+        m.subnet.add_(1)
+    for k in range(1, 4):
+        m.subnet.grad = torch.zeros_like(m.subnet)
+        optimizer.step()
+        away = m.weight.detach() - base
+        torch.testing.assert_close(away, torch.full_like(away, 0.95**k), rtol=1e-5, atol=1e-6)
+
+
+def test_entries_that_are_the_bases_stay_so_bit_for_bit():
+    losia, base = next(train(CONFIG, lr=0.1))
+    for p in losia.parameters():
+        p.grad.zero_()
+    losia._optimizer.step()
+    for name, m in losia.modules.items():
+        assert torch.equal(m.weight, base[f"{name}.weight"])
+
+
+def test_a_subnet_without_a_gradient_does_not_decay():
+    """As in PyTorch's own optimizers: an expert that saw no token, say."""
+    losia, _ = next(train(CONFIG, lr=0.1))
+    first, *_, last = losia.modules.values()
+    for m in (first, last):
+        with torch.no_grad():
+            m.subnet.add_(1)
+    before = last.subnet.detach().clone()
+    first.subnet.grad.zero_()
+    stays = first.subnet.detach().clone()
+    last.subnet.grad = None
+    losia._optimizer.step()
+    assert torch.equal(last.subnet, before)
+    assert not torch.equal(first.subnet, stays)
+
+
+def test_a_step_that_an_overflow_undoes_does_not_decay():
+    model = toys.stack(torch.float32)
+    losia = losia_pro.attach(model, CONFIG)
+    optimizer = torch.optim.AdamW(losia.parameters(), lr=0.1, fused=True)
+    losia.bind(optimizer)
+    with torch.no_grad():
+        for m in losia.modules.values():
+            m.subnet.add_(1)
+    losia.write_back()
+    before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
+    toys.loss_of(model, toys.batches(1)[0]).backward()
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    optimizer.step()
+    for n, m in losia.modules.items():
+        assert torch.equal(m.subnet, before[n])
+
+
+def test_bf16_subnets_decay_on_the_mean():
+    """By less than half their spacing a step, which rounding to nearest would lose."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+    nn.init.ones_(model[0].weight)
+    config = LosiaConfig(rank_factor=1, period=None, base_decay=DECAY, subnet_dtype="bfloat16")
+    losia = losia_pro.attach(model, config)
+    optimizer = optim.AdamW(losia.parameters(), lr=2**-10, weight_decay=0)
+    losia.bind(optimizer)
+    subnet = losia.modules["0"].subnet
+    with torch.no_grad():
+        subnet.fill_(2)
+    subnet.grad = torch.zeros_like(subnet)
+    steps = 64
+    for _ in range(steps):
+        optimizer.step()
+    mean = 1 + (1 - DECAY * 2**-10) ** steps
+    spread = (
+        2**-8 * (steps / subnet.numel()) ** 0.5
+    )  # a rounding's error is below the spacing of 1..2
+    assert abs(float(subnet.detach().double().mean()) - mean) < 5 * spread < (2 - mean) / 2
+
+
+def test_resume_is_bitwise_equal_and_another_decay_is_refused():
+    """The base's values come with the state: the weights that are loaded are tuned ones."""
+    whole = Run(CONFIG).bind().go(0, STEPS)
+    plain = Run(LosiaConfig(**{**CONFIG.to_dict(), "base_decay": 0.0}))
+    for stop in (2, 5, 10):
+        saved = Run(CONFIG).bind().go(0, stop).save()
+        toys.equal_bits(Run(CONFIG, seed=1).load(saved).bind().go(stop, STEPS).end(), whole.end())
+    with pytest.raises(ValueError, match="base_decay=0.5, this run has base_decay=0.0"):
+        plain.load(saved)
+
+
+def test_the_bases_values_at_a_place_come_from_every_place_before():
+    torch.manual_seed(0)
+    base = torch.randn(12, 10)
+    weight, touched = base.clone(), Touched()
+    for _ in range(5):
+        rows, columns = (torch.randperm(n)[:4].sort().values for n in weight.shape)
+        touched.add(weight, rows, columns)
+        weight[rows[:, None], columns] += 1
+        assert torch.equal(touched.values_at(rows, columns), base[rows[:, None], columns])
+    assert len(touched.values) > 2
