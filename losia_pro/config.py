@@ -15,8 +15,9 @@ class LosiaConfig:
     """How LoSiA-Pro adapts a model.
 
     Args:
-        rank_factor: ``p``: a subnet has ``floor(in * p)`` inputs and ``floor(out * p)`` outputs.
-        in_factor, out_factor: override ``rank_factor`` for the inputs or the outputs alone.
+        rank_factor: ``p``: a subnet has ``floor(in * p)`` inputs and ``floor(out * p)`` outputs. None: a sixteenth
+            of the inputs, and all outputs.
+        in_factor, out_factor: override that for the inputs or the outputs alone.
         period: ``T``, the slot's length in optimizer steps: every ``T`` steps one block's subnets are
             chosen anew, and their learning rate is rewarmed over the next ``T``. None: subnets stay
             where they are and nothing is profiled.
@@ -54,8 +55,8 @@ class LosiaConfig:
         ValueError: for a value out of range, naming it and what would do.
     """
 
-    rank_factor: float = 1 / 8
-    period: int | None = 100
+    rank_factor: float | None = None
+    period: int | None = None
     output_factor: float = 0.0
     target_modules: str | Sequence[str] | None = None
     in_factor: float | None = None
@@ -71,7 +72,7 @@ class LosiaConfig:
     beta1: float = 0.85
     beta2: float = 0.85
     rewarm: bool = True
-    base_decay: float = 0.0
+    base_decay: float = 0.5
     subnet_dtype: Literal["bfloat16"] | None = None
     train_bias: bool = False
     impl: str | None = None
@@ -125,17 +126,17 @@ class LosiaConfig:
         """
         if task not in _PAPER:
             raise ValueError(f"task must be one of {tuple(_PAPER)}, got {task!r}")
-        shared = {"rank_factor": 1 / 8, "beta1": 0.85, "beta2": 0.85}
+        shared = {"rank_factor": 1 / 8, "beta1": 0.85, "beta2": 0.85, "base_decay": 0.0}
         return cls(**{**shared, **_PAPER[task], **changes})
 
     def n_in(self, in_features: int) -> int:
         """``|X_S|`` of a targeted linear with that many inputs."""
-        factor = self.rank_factor if self.in_factor is None else self.in_factor
+        factor = _first(self.in_factor, self.rank_factor, 1 / 16)
         return subnet_size(in_features, factor, self.neuron_group)
 
     def n_out(self, out_features: int) -> int:
         """``|Y_S|`` of a targeted linear with that many outputs."""
-        factor = self.rank_factor if self.out_factor is None else self.out_factor
+        factor = _first(self.out_factor, self.rank_factor, 1.0)
         return subnet_size(out_features, factor, self.neuron_group)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +147,10 @@ class LosiaConfig:
         return d
 
 
+def _first(*factors: float | None) -> float:
+    return next(f for f in factors if f is not None)
+
+
 _PAPER: dict[str, dict[str, Any]] = {
     "instruction": {"period": 150, "output_factor": 1 / 8},
     "commonsense": {"period": 50, "output_factor": 1.0},
@@ -154,7 +159,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 _Number = tuple[type[float] | type[int], Callable[[Any], bool], str]
 
 _NUMBERS: dict[str, _Number] = {
-    "rank_factor": (float, lambda v: 0 < v <= 1, "in (0, 1]"),
+    "rank_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
     "in_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
     "out_factor": (float, lambda v: 0 < v <= 1, "in (0, 1] or None"),
     "output_factor": (float, lambda v: 0 <= v <= 1, "in [0, 1]"),

@@ -130,7 +130,8 @@ def test_losia_methods_have_the_settings_of_their_names():
         return losia.config
 
     plain = config("losia-pro")
-    assert plain == losia_pro.LosiaConfig(period=None)
+    assert plain == losia_pro.LosiaConfig(rank_factor=1 / 8, base_decay=0.0)
+    assert config("losia-pro-default") == losia_pro.LosiaConfig()
     assert config("losia-pro+profile").period == methods.FOREVER
     assert config("losia-pro-g8").neuron_group == 8
     rect = config("losia-pro-rect")

@@ -31,7 +31,9 @@ def tuned(base, tmp_path_factory):
 
 def tune(base, path, dtype):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    losia = losia_pro.attach(model, LosiaConfig(period=2, output_factor=1 / 4, train_bias=True))
+    losia = losia_pro.attach(
+        model, LosiaConfig(rank_factor=1 / 8, period=2, output_factor=1 / 4, train_bias=True)
+    )
     optimizer = torch.optim.AdamW(losia.parameters(), lr=1e-2)
     losia.bind(optimizer)
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ from losia_pro.config import subnet_size
 NAN, INF = float("nan"), float("inf")
 
 REFUSED = {
-    "rank_factor": (0, -0.1, 1.5, NAN, INF, "a", None, True, [0.1], 1j),
+    "rank_factor": (0, -0.1, 1.5, NAN, INF, "a", True, [0.1], 1j),
     "in_factor": (0, 2, NAN, "1/8", False),
     "out_factor": (0.0, -1, 1.01, "", True),
     "output_factor": (-0.1, 1.1, NAN, None, "0.5", True),
@@ -81,9 +81,9 @@ def test_settings_survive_json(settings):
     assert LosiaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_the_papers_settings_are_the_defaults():
+def test_how_scores_are_made_is_the_papers_by_default():
     c = LosiaConfig()
-    assert (c.rank_factor, c.beta1, c.beta2, c.output_factor) == (1 / 8, 0.85, 0.85, 0)
+    assert (c.beta1, c.beta2, c.output_factor) == (0.85, 0.85, 0)
     assert (c.mode, c.init, c.schedule, c.strategy) == ("pro", "random", "async", "best")
     assert (c.importance, c.score, c.rewarm) == ("taylor", "iu", True)
 
@@ -108,12 +108,14 @@ def test_a_size_is_the_exact_floor_in_whole_groups(features, over, group):
 @pytest.mark.parametrize(
     ("settings", "n_out", "n_in"),
     [
-        ({}, 12, 8),
+        ({}, 100, 4),
         ({"rank_factor": 0.3}, 30, 19),
-        ({"in_factor": 1 / 64}, 12, 1),
-        ({"out_factor": 1.0}, 100, 8),
+        ({"in_factor": 1 / 64}, 100, 1),
+        ({"out_factor": 0.5}, 50, 4),
+        ({"in_factor": 1 / 64, "rank_factor": 1 / 8}, 12, 1),
+        ({"out_factor": 1.0, "rank_factor": 1 / 8}, 100, 8),
         ({"in_factor": 0.5, "out_factor": 0.25, "rank_factor": 1.0}, 25, 32),
-        ({"neuron_group": 8}, 8, 8),
+        ({"neuron_group": 8, "rank_factor": 1 / 8}, 8, 8),
         ({"out_factor": 1.0, "neuron_group": 16, "in_factor": 0.49}, 100, 16),
     ],
     ids=str,
@@ -128,14 +130,14 @@ def test_the_published_settings():
     for config in (instruction, commonsense):
         assert (config.rank_factor, config.beta1, config.beta2) == (1 / 8, 0.85, 0.85)
         assert (config.importance, config.score, config.schedule) == ("taylor", "iu", "async")
-        assert config.init == "random" and config.rewarm
+        assert config.init == "random" and config.rewarm and config.base_decay == 0
     assert (instruction.period, instruction.output_factor) == (150, 1 / 8)
     assert (commonsense.period, commonsense.output_factor) == (50, 1.0)
 
 
 def test_published_settings_can_be_changed_one_by_one():
     assert LosiaConfig.paper(period=10, beta1=0.5) == LosiaConfig(
-        period=10, beta1=0.5, output_factor=1 / 8
+        rank_factor=1 / 8, period=10, beta1=0.5, output_factor=1 / 8, base_decay=0.0
     )
     with pytest.raises(ValueError, match="instruction.*commonsense.*got 'math'"):
         LosiaConfig.paper("math")

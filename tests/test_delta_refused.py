@@ -19,8 +19,8 @@ from losia_pro import LosiaConfig
 
 # 61 x 65 entries: three bits of a bitmap's last byte are padding.
 WIDTH, HIDDEN = 61, 65
-BLOCKS = {"period": None, "train_bias": True}
-BITMAP = {"period": 1, "schedule": "sync", "train_bias": True}
+BLOCKS = {"rank_factor": 1 / 8, "period": None, "train_bias": True}
+BITMAP = {"rank_factor": 1 / 8, "period": 1, "schedule": "sync", "train_bias": True}
 LAST = "layers.1.down"
 
 

@@ -258,7 +258,7 @@ def llamas() -> dict[str, dict[str, Any]]:
 
 LLAMAS = {
     "shared": LosiaConfig(rank_factor=1 / 4, period=3, share_inputs=True, neuron_group=2),
-    **dict.fromkeys(("reentrant", "not-reentrant"), LosiaConfig(period=3)),
+    **dict.fromkeys(("reentrant", "not-reentrant"), LosiaConfig(rank_factor=1 / 8, period=3)),
 }
 
 

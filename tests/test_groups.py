@@ -39,7 +39,7 @@ def aligned(idx: torch.Tensor, group: int) -> bool:
 def test_what_kernels_are_told_of_the_indices_is_true_before_and_after_moves(settings, monkeypatch):
     monkeypatch.setattr(dispatch, "DEBUG", True)  # the ops check it
     model = toys.stack()
-    losia = losia_pro.attach(model, LosiaConfig(period=2, **settings))
+    losia = losia_pro.attach(model, LosiaConfig(**{"rank_factor": 1 / 8, "period": 2, **settings}))
     optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
     losia.bind(optimizer)
     for _ in range(2):
@@ -53,7 +53,7 @@ def test_what_kernels_are_told_of_the_indices_is_true_before_and_after_moves(set
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_gradient_is_the_dense_ones_slice(settings):
     model, plain = toys.stack(), toys.stack()
-    losia = losia_pro.attach(model, LosiaConfig(**settings))
+    losia = losia_pro.attach(model, LosiaConfig(**{"rank_factor": 1 / 8, **settings}))
     batch = toys.batches(1)[0]
     toys.loss_of(model, batch).backward()
     toys.loss_of(plain, batch).backward()

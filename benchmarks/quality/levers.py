@@ -3,7 +3,6 @@ of the package for as long as a run lasts. What pays may become part of the pack
 
 ``Method.lever`` has their settings by name:
 
-- ``decay``: towards the base, decoupled: after each step ``subnet -= lr decay (subnet - base)``.
 - ``zero_decay``: AdamW's own, towards zero.
 - ``optimizer``: "muon", ``torch.optim.Muon`` at AdamW's scale of update.
 - ``carry``: at a re-selection Adam's moments of entries that stay are kept, and its count of steps; entries that are
@@ -53,9 +52,13 @@ EIGHTH: dict[str, Any] = {"in_factor": 1 / 8, "out_factor": 1, "period": None}
 STUDIES: dict[str, dict[str, Method]] = {
     "base-decay": {
         "none": losia(**FIXED),
-        "to base, 0.1": _pull(FIXED, decay=0.1),
-        "to base, 0.5": _pull(FIXED, decay=0.5),
+        "to base, 0.1": losia(**FIXED, base_decay=0.1),
+        "to base, 0.5": losia(**FIXED, base_decay=0.5),
+        "to base, 1": losia(**FIXED, base_decay=1.0),
+        "to base, 2": losia(**FIXED, base_decay=2.0),
         "to zero, 0.1": _pull(FIXED, zero_decay=0.1),
+        "1/8 x 1, to base, 0.5": losia(**EIGHTH, base_decay=0.5),
+        "1/8 x 1, to base, 1": losia(**EIGHTH, base_decay=1.0),
     },
     "optimizer": {"AdamW": losia(**FIXED), "Muon": _pull(FIXED, optimizer="muon")},
     "carry": {
@@ -98,7 +101,6 @@ STUDIES: dict[str, dict[str, Method]] = {
         "1/8 x 1": losia(**EIGHTH),
         "1/4 x 1": losia(in_factor=1 / 4, out_factor=1, period=None),
         "1/8 x 1, groups of 8": losia(**EIGHTH, neuron_group=8),
-        "1/8 x 1, to base, 0.1": _pull(EIGHTH, decay=0.1),
         "1/8 x 1, Muon": _pull(EIGHTH, optimizer="muon"),
         "1/8 x 1, bf16 subnets": _pull({**EIGHTH, "subnet_dtype": "bfloat16"}, **BF16),
     },
@@ -270,15 +272,5 @@ def optimizer_of(lever: Lever, prepared: Prepared, lr: float, fused: bool) -> to
         controller.schedule = Slots(
             old.n_groups, old.period, old.synchronous, lever.get("at_once", 1), lever.get("last_first", False)
         )  # fmt: skip
-    if "decay" in lever:  # before the controller's hook, which writes the subnets back
-        base = {n: m.weight.detach().clone() for n, m in controller.modules.items()}
-
-        @torch.no_grad()
-        def decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            amount = optimizer.param_groups[0]["lr"] * lever["decay"]
-            for name, m in controller.modules.items():
-                m.subnet.lerp_(base[name][m.out_idx[:, None], m.in_idx].to(m.subnet.dtype), amount)
-
-        optimizer.register_step_post_hook(torch.compiler.disable(decay))
     controller.bind(optimizer)
     return optimizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Method:
         if self.kind == "losia":
             settings = LosiaConfig(**settings).to_dict()
             settings = {k: v for k, v in settings.items() if v is not None}
+            if not settings["base_decay"]:  # it came later
+                del settings["base_decay"]
         parts = (self.kind, sorted(settings.items()), self.area)
         return repr((*parts, sorted(self.lever.items())) if self.lever else parts)
 
@@ -52,6 +54,8 @@ class Method:
 def losia(
     tier: int = STUDY, start: int = -4, lever: Lever | None = None, **settings: Any
 ) -> Method:
+    """The paper's size and no decay, unless ``settings`` have others."""
+    settings = {"rank_factor": 1 / 8, "base_decay": 0.0, **settings}
     return Method("losia", start, tier, settings, lever=lever or {})
 
 
@@ -71,6 +75,9 @@ METHODS = {
     "losia-1/8": losia(1, rank_factor=1 / 8, **FIXED),
     "losia-1/4": losia(1, rank_factor=1 / 4, **FIXED),
     "losia-1/16x1": losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
+    "losia-default": Method("losia", -4, 1),
+    "losia-1/8x1-decay": losia(1, in_factor=1 / 8, out_factor=1, base_decay=0.5, **FIXED),
+    "lora-r8-decay": replace(_lora(1, r=8), lever={"zero_decay": 0.5}),
     "losia-1/8x1": losia(1, in_factor=1 / 8, out_factor=1, **FIXED),
     "losia-1/16x1-calibrated": losia(1, in_factor=1 / 16, out_factor=1, **CALIBRATED),
     "lora-as-1/4": _lora(2, area=1 / 16),
@@ -79,7 +86,6 @@ METHODS = {
     "losia-1/4-T10": losia(2, rank_factor=1 / 4, period=10),
     "dora-r8": _lora(2, r=8, use_dora=True),
     "pissa-r8": _lora(2, start=-6, r=8, lora_alpha=8, init_lora_weights="pissa_niter_16"),
-    "losia-default": losia(2),
     "losia-paper-T50": losia(3, **PUBLISHED, period=50),
     "losia-1/4-T50": losia(3, rank_factor=1 / 4, period=50),
     "losia-1/8-calibrated": losia(3, rank_factor=1 / 8, **CALIBRATED),

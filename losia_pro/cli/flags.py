@@ -98,10 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank-factor",
         type=float,
         metavar="SHARE",
-        help="p: of the inputs and of the outputs in a subnet (default: 1/8)",
+        help="p: of the inputs and of the outputs in a subnet (default: see the two that follow)",
     )
-    g.add_argument("--in-factor", type=float, metavar="SHARE", help="of the inputs (default: p)")
-    g.add_argument("--out-factor", type=float, metavar="SHARE", help="of the outputs (default: p)")
+    g.add_argument(
+        "--in-factor", type=float, metavar="SHARE", help="of the inputs (default: p, or 1/16)"
+    )
+    g.add_argument(
+        "--out-factor", type=float, metavar="SHARE", help="of the outputs (default: p, or all)"
+    )
     g.add_argument(
         "--output-factor",
         type=float,
@@ -123,7 +127,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--period",
         type=values.count_or_none,
         metavar="STEPS",
-        help=f"between re-selections; 'none' for fixed subnets (default: {d['period']})",
+        help="between re-selections; 'none' for fixed subnets (default: none)",
+    )
+    g.add_argument(
+        "--base-decay",
+        type=float,
+        metavar="RATE",
+        help=f"weight decay of the subnets towards the base model (default: {d['base_decay']})",
     )
     g.add_argument(
         "--target-modules",

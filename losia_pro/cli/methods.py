@@ -65,6 +65,7 @@ def losia_config(method: str, options: argparse.Namespace) -> losia_pro.LosiaCon
         neuron_group=options.neuron_group,
         share_inputs=options.share_inputs,
         period=options.period,
+        base_decay=options.base_decay,
         target_modules=options.target_modules,
         init=options.init,
         mode="dense" if method == "losia" else "pro",

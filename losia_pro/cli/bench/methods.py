@@ -1,10 +1,10 @@
 """The ways to tune that are compared, by name, and how each makes a model ready.
 
 floor              all weights frozen, no optimizer: forward and the gradient with respect to the inputs
-losia-pro          LosiaConfig's defaults; parts may follow, each after a dash: gN (neuron_group=N),
-                   shared (share_inputs), rect (in_factor=1/64, out_factor=1), bf16 (subnet_dtype="bfloat16"),
-                   torch (plain PyTorch slicing), or any field of LosiaConfig as key=value; +profile keeps one
-                   layer profiled all the time
+losia-pro          p = 1/8, subnets that stay; parts may follow, each after a dash: default (LosiaConfig()'s sizes and
+                   decay instead), gN (neuron_group=N), shared (share_inputs), rect (in_factor=1/64, out_factor=1),
+                   bf16 (subnet_dtype="bfloat16"), torch (plain PyTorch slicing), or any field of LosiaConfig as
+                   key=value; +profile keeps one layer profiled all the time
 lora-rN            LoRA of rank N, lean: adapters in the weights' dtype, no dropout
 lora-peft-rN       LoRA as PEFT defaults and is usually trained: fp32 adapters under autocast, dropout 0.05
 dora-rN            the same with use_dora
@@ -76,9 +76,11 @@ def parse(name: str) -> Prepare:
     first, *parts = base.removeprefix("losia-pro").split("-")
     if not base.startswith("losia-pro") or first or suffix not in ("", "profile"):
         raise CliError(f"--methods {name}: is none of {', '.join(DEFAULT)} (see --help for more)")
-    settings: dict[str, Any] = {"period": FOREVER if suffix else None}
+    default = "default" in parts
+    settings: dict[str, Any] = {} if default else {"rank_factor": 1 / 8, "base_decay": 0.0}
+    settings["period"] = FOREVER if suffix else None
     for part in parts:
-        settings |= _part(name, part)
+        settings |= {} if part == "default" else _part(name, part)
     return lambda model: _losia(model, settings)
 
 
