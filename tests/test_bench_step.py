@@ -94,10 +94,10 @@ def test_compiled_layers_train(tmp_path, monkeypatch):
 
 
 def test_a_paired_floor_is_measured_on_the_same_model(tmp_path):
-    flags = "--methods", "losia-pro", "--modes", "eager", "--pair"
+    flags = "--methods", "losia-pro,full", "--modes", "eager", "--pair"
     _, record = bench(tmp_path, *flags)
-    floor, ours, _ = record["rows"]
-    assert ours["floor_ms"] != floor["median_ms"]
+    floor, ours, full, _ = record["rows"]
+    assert ours["floor_ms"] != floor["median_ms"] == full["floor_ms"]
     assert ours["ratio"] == pytest.approx(ours["median_ms"] / ours["floor_ms"], abs=1e-4)
 
 
@@ -136,6 +136,8 @@ def test_losia_methods_have_the_settings_of_their_names():
     assert config("losia-pro-g8").neuron_group == 8
     rect = config("losia-pro-rect")
     assert (rect.in_factor, rect.out_factor) == (1 / 64, 1.0)
+    wide = config("losia-pro-1/8x1-bf16")
+    assert (wide.in_factor, wide.out_factor, wide.subnet_dtype) == (1 / 8, 1, "bfloat16")
     assert config("losia-pro-torch").impl == "torch"
     assert config("losia-pro-bf16").subnet_dtype == "bfloat16"
     several = config("losia-pro-g8-rank_factor=1/4-rewarm=false-beta1=0.5")
@@ -284,3 +286,8 @@ def test_a_missing_peft_is_a_reason_to_skip(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(methods.Skip, match="needs the package peft"):
         methods.parse("lora-r4")(build())
+
+
+def test_a_selection_that_a_model_is_too_small_for_is_skipped():
+    with pytest.raises(methods.Skip, match="too small to slice"):
+        methods.parse("losia-pro-rect-g16")(build())

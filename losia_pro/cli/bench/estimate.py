@@ -6,7 +6,7 @@ from .shapes import MODELS
 
 EFFICIENCY = 0.6  # of the measured matrix-product rate, over a whole step
 BUILD_S = 3.0
-COMPILE_S = {"cuda": 30.0, "cpu": 15.0}
+COMPILE_S = {"cuda": 12.0, "cpu": 15.0}
 MODE = {"eager": 1.0, "checkpointed": 1.4, "compiled": 0.8}
 KIND = {"floor": 1.0, "losia-pro": 1.05, "lora": 1.2, "lora-peft": 1.4, "dora": 1.65, "full": 1.45}
 

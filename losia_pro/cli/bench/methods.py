@@ -2,8 +2,9 @@
 
 floor              all weights frozen, no optimizer: forward and the gradient with respect to the inputs
 losia-pro          p = 1/8, subnets that stay; parts may follow, each after a dash: default (LosiaConfig()'s sizes and
-                   decay instead), gN (neuron_group=N), shared (share_inputs), rect (in_factor=1/64, out_factor=1),
-                   bf16 (subnet_dtype="bfloat16"), torch (plain PyTorch slicing), or any field of LosiaConfig as
+                   decay instead), gN (neuron_group=N), AxB (in_factor=A, out_factor=B), rect (1/64x1), shared
+                   (share_inputs), bf16 (subnet_dtype="bfloat16"), torch (plain PyTorch slicing), or any field of
+                   LosiaConfig as key=value; +profile keeps one layer profiled all the time
                    key=value; +profile keeps one layer profiled all the time
 lora-rN            LoRA of rank N, lean: adapters in the weights' dtype, no dropout
 lora-peft-rN       LoRA as PEFT defaults and is usually trained: fp32 adapters under autocast, dropout 0.05
@@ -89,9 +90,13 @@ def _part(name: str, part: str) -> dict[str, Any]:
         return {"neuron_group": int(group[1])}
     if part in PARTS:
         return PARTS[part]
+    if shape := re.fullmatch(r"([\d./]+)x([\d./]+)", part):
+        return {"in_factor": _value(shape[1]), "out_factor": _value(shape[2])}
     key, equals, text = part.partition("=")
     if not equals:
-        raise CliError(f"--methods {name}: {part!r} is none of gN, {', '.join(PARTS)}, FIELD=VALUE")
+        raise CliError(
+            f"--methods {name}: {part!r} is none of gN, AxB, {', '.join(PARTS)}, FIELD=VALUE"
+        )
     return {key: _value(text)}
 
 
@@ -121,9 +126,9 @@ def _full(model: Any) -> Prepared:
 def _losia(model: Any, settings: dict[str, Any]) -> Prepared:
     try:
         config = losia_pro.LosiaConfig(**settings)
+        losia = losia_pro.attach(model, config)
     except (TypeError, ValueError) as error:
         raise Skip(str(error)) from error
-    losia = losia_pro.attach(model, config)
 
     def check() -> None:
         for name, m in losia.modules.items():
