@@ -5,7 +5,6 @@ losia-pro          p = 1/8, subnets that stay; parts may follow, each after a da
                    decay instead), gN (neuron_group=N), AxB (in_factor=A, out_factor=B), rect (1/64x1), shared
                    (share_inputs), bf16 (subnet_dtype="bfloat16"), torch (plain PyTorch slicing), or any field of
                    LosiaConfig as key=value; +profile keeps one layer profiled all the time
-                   key=value; +profile keeps one layer profiled all the time
 lora-rN            LoRA of rank N, lean: adapters in the weights' dtype, no dropout
 lora-peft-rN       LoRA as PEFT defaults and is usually trained: fp32 adapters under autocast, dropout 0.05
 dora-rN            the same with use_dora
