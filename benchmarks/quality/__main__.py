@@ -23,7 +23,7 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, corpora, model, mps, record, studies
+from . import analysis, corpora, model, mps, period_data, record, studies
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
@@ -118,9 +118,11 @@ def conclude(path: Path, head: dict[str, Any], plan: Plan) -> None:
     """Write the record, print its tables, and for a study a sentence for each claim of the paper."""
     rows = analysis.summary(plan)
     if head["study"] in studies.STUDIES:
-        head["sentences"] = studies.sentences(head["study"], rows)
+        head |= studies.conclusions(head["study"], rows)
     record.write(path, head, plan, rows)
     print(f"\n{analysis.text(plan, rows)}\n")
+    if "period_data" in head:
+        print(f"{period_data.text(head['period_data'])}\n")
     for sentence in head.get("sentences", []):
         print(f"{sentence}\n")
 

@@ -223,11 +223,11 @@ def _table(base: Row, rows: list[Row], exact: bool) -> str:
         against = r["against"].get("lora-r8", {})
         line = [
             r["method"], f"{r['trainable']:,.0f}", f"{r['lr']:g}" + ("" if r["interior"] else "*"), str(r["n"]),
-            number(r["test_loss"], 4), number(r["test_loss_se"], 1) if r["test_loss_se"] else "-",
+            number(r["test_loss"], 4), number(r["test_loss_se"], 4) if r["test_loss_se"] else "-",
             f"{r['recovered']:.1%}" if "recovered" in r else "-",
             f"{against['test_loss']:+.4f}" if "test_loss" in against else "-",
             _p(against, "test_loss"),
-            number(r["old_loss"], 4), number(r["old_loss_se"], 1) if r["old_loss_se"] else "-",
+            number(r["old_loss"], 4), number(r["old_loss_se"], 4) if r["old_loss_se"] else "-",
         ]  # fmt: skip
         lines.append([*line, f"{r['test_exact']:.1%}"] if exact else line)
     return table([*head, "exact"] if exact else head, lines)

@@ -15,6 +15,7 @@ of the package for as long as a run lasts. What pays may become part of the pack
 - ``weights``: "bfloat16", of the whole model.
 - ``spanning``: the inputs are those whose span holds most of the inputs' second moments, greedily.
 - ``norms``: the weights of the norms are trained too.
+- ``data``: the share of a target's data that is used (``period_data.py``).
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ they say otherwise, ``p = 1/8`` and ``T = 10``, with which each block moves seve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import levers
+from . import levers, period_data
 from .methods import METHODS, Method, losia
 from .plan import Row
 
@@ -31,8 +32,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
+    """``conclude``, of its rows: what its record has besides, ``sentences`` among it."""
+
     methods: dict[str, Method]
     claims: tuple[Claim, ...]
+    conclude: Callable[[list[Row]], dict[str, Any]] | None = None
 
 
 def _each(
@@ -127,6 +131,7 @@ STUDIES = {
     ),
 }  # fmt: skip
 
+STUDIES["period-data"] = Study(period_data.CONFIGURATIONS, (), period_data.conclude)
 STUDIES |= {name: Study(methods, ()) for name, methods in levers.STUDIES.items()}
 STUDIES["levers"] = Study(levers.all_of_them(), ())
 
@@ -138,6 +143,12 @@ for _name, _study in STUDIES.items():
 def names(study: str) -> list[str]:
     """Its methods as METHODS has them."""
     return [f"{study}: {name}" for name in STUDIES[study].methods]
+
+
+def conclusions(study: str, rows: list[Row]) -> dict[str, Any]:
+    """What a study's record says of its rows: ``sentences``, and tables of its own."""
+    further = STUDIES[study].conclude
+    return further(rows) if further else {"sentences": sentences(study, rows)}
 
 
 def sentences(study: str, rows: list[Row]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from . import levers, methods, model
 from .arrange import arrange
 from .corpora import Domain, Part
+from .period_data import share_of
 from .plan import rate
 from .settings import Setting, learning_rate
 from .sources import PYTHON
@@ -95,7 +96,8 @@ def train(
 ) -> tuple[methods.Prepared, float]:
     """Tune ``net`` itself to one target; the seconds that the steps took."""
     method, seed = methods.METHODS[job["method"]], job["seed"]
-    data, size = domains[target]["train"], batch_size(setting, target)
+    data, setting = share_of(method.lever, domains[target]["train"], setting)
+    size = batch_size(setting, target)
     cuda = data.rows.device.type == "cuda"
     torch.manual_seed(seed)
 
