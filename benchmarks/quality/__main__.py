@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import signal
 import statistics
@@ -23,12 +22,11 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, corpora, model, mps, period_data, record, studies
+from . import analysis, corpora, model, mps, period_data, record, studies, table
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
-from .settings import SIZES, WORKERS, Setting
-from .sources import PYTHON
+from .settings import SIZES, TARGETS, WORKERS, Setting
 
 ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs")
 CONTINUAL = "continual"  # the study that tunes to all targets, one after another
@@ -59,12 +57,13 @@ def parser() -> argparse.ArgumentParser:
         "--base", type=Path, default=Path("runs/quality-base"), metavar="DIR", help="where base models are kept"
     )  # fmt: skip
     p.add_argument(
-        "--targets", default="all", metavar="A,B or N", help=f"or the first N there are of {', '.join(ORDER)}"
+        "--targets", metavar="A,B or N", help=f"all, or the first N that there are of {', '.join(ORDER)}; "
+        f"default {', '.join(f'{n} ({size})' for size, n in TARGETS.items())}"
     )  # fmt: skip
-    p.add_argument("--methods", type=names, metavar="A,B", help=f"of {', '.join(TABLE)}")
     p.add_argument(
-        "--tiers", type=names, default=["1", "2"], metavar="1,2", help="of methods; default 1,2"
-    )
+        "--methods", type=names, metavar="A,B", help=f"of {', '.join(TABLE)}; default {', '.join(table.METHODS)}"
+    )  # fmt: skip
+    p.add_argument("--tiers", type=names, metavar="1,2", help="the methods of these tiers instead")
     p.add_argument(
         "--study",
         choices=[*studies.STUDIES, CONTINUAL],
@@ -80,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu; default the first GPU")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default on a GPU: yes")
     p.add_argument(
-        "--mps", action="store_true", help="run NVIDIA's multi-process service meanwhile"
-    )
+        "--mps", action=argparse.BooleanOptionalAction, help="run NVIDIA's multi-process service meanwhile; default "
+        "on a GPU: where it works"
+    )  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="say what would be run, and for how long")
     p.add_argument(
         "--summarize", type=Path, metavar="FILE", help="make the tables of a record anew, and nothing else"
@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.perf_counter()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with tempfile.TemporaryDirectory() as folder, mps.service(args.mps) as sharing:
+        wanted = args.device != "cpu" and not args.dry_run if args.mps is None else args.mps
+        with tempfile.TemporaryDirectory() as folder, mps.service(wanted) as sharing:
             return run(args, begun, Path(folder), sharing)
     except CliError as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
         said(
             f"{', '.join(targets)}: {sum(a['bytes']['train'] for a in about.values() if 'bytes' in a) / 1e6:.0f} MB"
         )
-        base_folder = args.base / _base_digest(setting, about)
+        base_folder = args.base / corpora.base_digest(setting, about)
         if pool:
             corpora.save(folder, domains)
             pool.open(Place(str(device), folder, base_folder.resolve(), compiled))
@@ -267,8 +268,10 @@ def _methods(args: argparse.Namespace) -> list[str]:
         return studies.names(args.study)
     if args.methods is None and args.study == CONTINUAL:
         return SEQUENCE
-    if args.methods is None:
+    if args.tiers is not None:
         return [name for name, method in METHODS.items() if str(method.tier) in args.tiers]
+    if args.methods is None:
+        return table.METHODS
     for name in args.methods:
         if name not in METHODS:
             raise CliError(f"--methods {name}: is none of {', '.join(TABLE)}")
@@ -277,22 +280,15 @@ def _methods(args: argparse.Namespace) -> list[str]:
 
 def _targets(args: argparse.Namespace, domains: dict[str, Any]) -> list[str]:
     there = [t for t in ORDER if t in domains]
-    if args.targets == "all":
+    wanted = args.targets or str(TARGETS[args.size])
+    if wanted == "all":
         return there
-    if args.targets.isdigit():
-        return there[: int(args.targets)]
-    for name in names(args.targets):
+    if wanted.isdigit():
+        return there[: int(wanted)]
+    for name in names(wanted):
         if name not in there:
             raise CliError(f"--targets {name}: this machine has {', '.join(there)}")
-    return names(args.targets)
-
-
-def _base_digest(setting: Setting, about: dict[str, Any]) -> str:
-    """Of everything that decides the base model."""
-    fields = ("hidden", "intermediate", "layers", "heads", "length", "task_length")
-    own = [f for f in dataclasses.asdict(setting) if f.startswith("pretrain")]
-    values = {f: getattr(setting, f) for f in (*fields, *own)}
-    return corpora.short_hash(json.dumps([values, about[PYTHON]["sha256"]]))
+    return names(wanted)
 
 
 def _seconds(rows: list[dict[str, Any]], setting: Setting, device: torch.device) -> float:

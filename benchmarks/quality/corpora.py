@@ -6,7 +6,9 @@ A part is three tensors: ``rows`` ``(N, L + 1)`` uint8, bytes; ``first`` and ``l
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +135,14 @@ def digest(domain: Domain) -> str:
         for tensor in domain[part]:
             found.update(tensor.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def base_digest(setting: Setting, about: dict[str, Any]) -> str:
+    """Of everything that decides the base model."""
+    fields = ("hidden", "intermediate", "layers", "heads", "length", "task_length")
+    own = [f for f in dataclasses.asdict(setting) if f.startswith("pretrain")]
+    values = {f: getattr(setting, f) for f in (*fields, *own)}
+    return short_hash(json.dumps([values, about[sources.PYTHON]["sha256"]]))
 
 
 def save(path: Path, domains: dict[str, Domain]) -> None:

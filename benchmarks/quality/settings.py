@@ -41,7 +41,7 @@ class Setting:
 
 
 _26M: dict[str, Any] = dict(
-    hidden=512, intermediate=1376, layers=8, heads=8, length=512, batch=32, task_length=192, task_batch=64,
+    hidden=512, intermediate=1376, layers=8, heads=8, length=512, batch=16, task_length=192, task_batch=32,
     steps=400, warmup=0.1, pretrain_batch=64, pretrain_steps=2000, pretrain_lr=2e-3, python_bytes=64_000_000,
     target_bytes=4_000_000, smallest=600_000, examples=16_000, held_out=128,
 )  # fmt: skip
@@ -57,6 +57,7 @@ SIZES = {
         **{**_26M, "hidden": 768, "intermediate": 2048, "layers": 14, "heads": 12, "pretrain_steps": 3000}
     ),
 }  # fmt: skip
+TARGETS = {"toy": 3, "26m": 5, "100m": 5}  # the first ones of those that a machine has
 WORKERS = {"toy": 8, "26m": 8, "100m": 4}  # on one GPU of 80 GB; never more than half of the cores
 
 

@@ -1,0 +1,101 @@
+"""benchmarks/quality/table.py: the table of a record in Markdown; README's is the recorded one, and one command's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import record, settings, table
+from benchmarks.quality.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RECORD = ROOT / "benchmarks" / "results" / "quality-26m.json"
+
+
+def made_up() -> dict:
+    """Two methods on a text and a structured task."""
+    rows = [
+        row("lora-r8", "cpp", 1.5, 0.75),
+        row("lora-r8", "imports", 1.2, 0.9, exact=0.25),
+        row("full", "cpp", 1.0, 0.9, p=0.0312),
+        row("full", "imports", 1.0, 0.95, p=0.00001, exact=0.8125),
+    ]
+    runs = [
+        {"method": "base", "target": "cpp", "test_loss": 2.0, "old_loss": 0.7},
+        {"method": "base", "target": "imports", "test_loss": 2.0, "old_loss": 0.7, "test_exact": 0.01},
+    ]  # fmt: skip
+    plan = {"methods": ["lora-r8", "full"], "targets": ["cpp", "imports"]}
+    return {"plan": plan, "rows": rows, "runs": runs}
+
+
+def row(method: str, target: str, loss: float, old: float, p=None, exact=None) -> dict:
+    against = {} if p is None else {"lora-r8": {"test_loss_p": p, "old_loss_p": 0.5}}
+    found = {
+        "method": method,
+        "target": target,
+        "against": against,
+        "trainable": 1234 * len(method),
+    }
+    found |= {"test_loss": loss, "old_loss": old, "recovered": 2.0 - loss}
+    return found | ({} if exact is None else {"test_exact": exact})  # fmt: skip
+
+
+def test_the_table_of_a_record():
+    gains, kept = table.markdown(made_up()).split("\n\n")
+    assert gains.splitlines() == [
+        "| of full's gain | trained values | cpp | imports | mean |",
+        "|---|--:|--:|--:|--:|",
+        "| full | 4,936 | 100.0% (.031) | 100.0% (<.001) | 100.0% |",
+        "| lora-r8 | 8,638 | 50.0% | 80.0% | 65.0% |",
+    ]
+    assert kept.splitlines() == [
+        "| old-domain loss | after cpp | after imports | imports: exact |",
+        "|---|--:|--:|--:|",
+        "| the base model | 0.700 | 0.700 | 1.0% |",
+        "| full | 0.900 (.500) | 0.950 (.500) | 81.2% |",
+        "| lora-r8 | 0.750 | 0.900 | 25.0% |",
+    ]
+
+
+def test_a_record_without_all_final_runs_makes_no_table():
+    content = made_up()
+    del content["rows"][2]
+    with pytest.raises(ValueError, match="no final runs of full, cpp: the record is not complete"):
+        table.markdown(content)
+
+
+def test_the_plain_command_trains_the_tables_methods():
+    args = command.parser().parse_args([])
+    assert command._methods(args) == table.METHODS and set(table.METHODS) < set(METHODS)
+    assert command._targets(args, dict.fromkeys(command.ORDER)) == list(command.ORDER[:5])
+    assert (args.size, args.budget, args.seeds) == ("26m", 3000.0, 5)
+    assert args.budget + 600 <= 3600  # with its start, an hour
+    args = command.parser().parse_args("--tiers 3 --size toy --targets all".split())
+    assert command._methods(args) == [m for m in METHODS if METHODS[m].tier == 3]
+    assert command._targets(args, {"docs": 0, "cpp": 0}) == ["cpp", "docs"]
+
+
+def test_the_table_of_the_readme_is_the_recorded_one_and_one_commands():
+    """Once there is a record of the final runs, the README must show it, and the plain command must repeat it."""
+    text = README.read_text()
+    if not RECORD.exists():
+        assert RECORD.name not in text
+        return
+    head, _ = record.read(RECORD)
+    shown = table.markdown(json.loads(RECORD.read_text()))
+    for part in shown.split("\n\n"):
+        assert part in text, f"README.md lacks, of `python -m benchmarks.quality.table`:\n{part}"
+    args = command.parser().parse_args([])
+    plan = head["plan"]
+    assert head["study"] is None and head["stopped"] is None
+    assert set(plan["methods"]) == set(table.METHODS)
+    assert plan["targets"] == command._targets(args, dict.fromkeys(command.ORDER))
+    assert (plan["seeds"], plan["tuning_seeds"]) == (args.seeds, args.tuning_seeds)
+    assert head["setting"] == settings.dataclasses.asdict(command._setting(args))
