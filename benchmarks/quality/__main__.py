@@ -22,7 +22,7 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, corpora, model, mps, period_data, record, studies, table
+from . import analysis, bound, corpora, model, mps, period_data, record, studies, table
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tiers", type=names, metavar="1,2", help="the methods of these tiers instead")
     p.add_argument(
         "--study",
-        choices=[*studies.STUDIES, CONTINUAL],
+        choices=[*studies.STUDIES, CONTINUAL, bound.STUDY],
         help="one of the paper's, or of levers beyond it",
     )
     p.add_argument("--seeds", type=count, default=5, metavar="N", help="final ones; default 5")
@@ -135,6 +135,8 @@ def _interrupt(*_: Any) -> None:
 def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> int:
     device = devices.choose(args.device)
     setting, methods = _setting(args), _methods(args)
+    if args.study == bound.STUDY:
+        return bound.run(args, setting, device, _targets)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     cores = len(os.sched_getaffinity(0))
     workers = args.workers or (
