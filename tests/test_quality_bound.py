@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,7 +13,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
 
+from benchmarks import draw_quality_bound
 from benchmarks.quality import bound, model, settings
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.bound import GREEDY, LARGEST, LOCALIZED, RANDOM, SIZES, WAYS
@@ -102,9 +103,8 @@ def test_the_command_records_that_the_bound_holds_and_is_drawn(tmp_path, capsys,
         assert all(0 < e <= b for e, b in zip(row["error"], row["bound"], strict=True))
     assert "in 224 of 224 cases" in record["sentence"] and ": agrees." in record["sentence"]
     assert record["sentence"] in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["draw", str(output), "--output", str(tmp_path / "docs")])
-    runpy.run_module("benchmarks.draw_quality_bound", run_name="__main__")
+    draw_quality_bound.main()
     assert [p.name for p in (tmp_path / "docs").iterdir()] == ["quality-error-bound.png"]
     record["rows"][3]["holds"] = 13
     assert "in 223 of 224 cases" in (said := bound.sentence(record["rows"]))

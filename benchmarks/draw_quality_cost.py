@@ -1,0 +1,166 @@
+"""Draw how well methods tune against what a step of LLaMA-2 7B costs with them:
+
+    python -m benchmarks.draw_quality_cost benchmarks/results/quality-26m.json benchmarks/results/step-llama2-7b-*.json
+
+docs/quality-cost.png has, over a step's time and over its peak memory, the share of full fine-tuning's improvement of
+the test loss, a mean over the targets with its standard error. ``STEPS`` says which row of a step record has a method's
+cost: the same configuration, LoRA with the same rank over the hidden size (8 of 512 there, 64 of 4096 here). Methods
+whose step was not measured are left out, and named. Prints the figures that it draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from losia_pro.cli.bench.table import table
+
+from .draw import BACKGROUND, BLACK, dress
+from .draw_quality import styles
+
+Row = dict[str, Any]
+
+STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
+    "full": "full",
+    "lora-r8": "lora-r64",
+    "lora-as-1/8": "lora-r40",  # ranks 5 and 20 of 512
+    "lora-as-1/4": "lora-r160",
+    "dora-r8": "dora-r64",
+    "pissa-r8": "lora-r64",
+    "losia-1/8": "losia-pro",
+    "losia-1/8-calibrated": "losia-pro",
+    "losia-1/4": "losia-pro-rank_factor=1/4",
+    "losia-1/4-calibrated": "losia-pro-rank_factor=1/4",
+    "losia-1/4-T10": "losia-pro-rank_factor=1/4+profile",
+    "losia-1/4-T50": "losia-pro-rank_factor=1/4+profile",
+    "losia-1/4-g8": "losia-pro-rank_factor=1/4-g8",
+    "losia-1/4-g16": "losia-pro-rank_factor=1/4-g16",
+    "losia-1/8x1": "losia-pro-in_factor=1/8-out_factor=1",
+    "losia-1/16x1": "losia-pro-in_factor=1/16-out_factor=1",
+    "losia-1/16x1-calibrated": "losia-pro-in_factor=1/16-out_factor=1",
+    "losia-1/64x1": "losia-pro-rect",
+    "losia-1x1/16": "losia-pro-in_factor=1-out_factor=1/16",
+    "losia-paper-T10": "losia-pro-output_factor=1/8+profile",
+    "losia-paper-T50": "losia-pro-output_factor=1/8+profile",
+}
+BATCH = {"model": "llama2-7b", "batch": 4, "length": 2048}  # of the step records that are read
+PANELS = {
+    "ratio": ("step time over the floor's", 1.0),
+    "peak_bytes": ("peak memory (GB)", 1e9),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("quality", type=Path, help="a record of benchmarks.quality")
+    parser.add_argument("steps", type=Path, nargs="+", help="records of losia-pro bench step")
+    parser.add_argument("--mode", default="eager", help="of the steps; default eager")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="a folder; default docs")
+    args = parser.parse_args()
+    steps = costs([json.loads(path.read_text()) for path in args.steps], args.mode)
+    points, left_out = pair(json.loads(args.quality.read_text()), steps)
+    if not points:
+        raise SystemExit(f"nothing to draw: no step of {', '.join(left_out)} in these records")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "quality-cost.png"
+    figure(points, steps).savefig(path)
+    print(
+        f"{text(points)}\n\nleft out, their step is not measured: {', '.join(left_out) or 'none'}"
+    )
+    print(path)
+
+
+def costs(records: list[Row], mode: str) -> dict[str, Row]:
+    """The measured steps of these records by method; of two of the same, the later record's."""
+    return {
+        row["method"]: row
+        for record in records
+        if record["benchmark"] == "step" and BATCH.items() <= record["arguments"].items()
+        for row in record["rows"]
+        if row["mode"] == mode and row["status"] == "ok"
+    }
+
+
+def pair(quality: Row, steps: dict[str, Row]) -> tuple[list[Row], list[str]]:
+    """What is recovered, ``recovered_se``, and the cost's figures, for each method that has all; the names of others.
+
+    A target's standard error over the seeds is that of its loss over what full fine-tuning gains there, which counts as
+    exact; runs on different targets are independent.
+    """
+    targets = quality["plan"]["targets"]
+    base = {r["target"]: r["test_loss"] for r in quality["runs"] if r["method"] == "base"}
+    rows = {(r["method"], r["target"]): r for r in quality["rows"]}
+    points, left_out = [], []
+    for method in quality["plan"]["methods"]:
+        step = steps.get(STEPS.get(method, ""))
+        mine = [rows.get((method, t), {}) for t in targets]
+        if not step or not all("recovered" in r for r in mine):
+            left_out.append(method)
+            continue
+        errors = [
+            (r["test_loss_se"] or 0.0) / (base[t] - rows["full", t]["test_loss"])
+            for t, r in zip(targets, mine, strict=True)
+        ]
+        point = {"method": method, "step": step["method"], "trainable": mine[0]["trainable"]}
+        point |= {name: step[name] for name in ("ratio", "peak_bytes", "median_ms")}
+        point["recovered"] = statistics.fmean(r["recovered"] for r in mine)
+        point["recovered_se"] = math.hypot(*errors) / len(errors)
+        points.append(point)
+    return points, left_out
+
+
+def text(points: list[Row]) -> str:
+    lines = [
+        [p["method"], p["step"], f"{p['recovered']:.1%}", f"{p['recovered_se']:.1%}", f"{p['median_ms']:.0f}"]
+        + [f"{p['ratio']:.3f}", f"{p['peak_bytes'] / 1e9:.1f}"]
+        for p in sorted(points, key=lambda p: -p["recovered"])
+    ]  # fmt: skip
+    return table(
+        ["method", "step", "of full's gain", "+-", "ms", "over the floor", "GB"], lines, left=2
+    )
+
+
+def figure(points: list[Row], steps: dict[str, Row]) -> Figure:
+    style = styles([p["method"] for p in points])
+    drawn = Figure(figsize=(11.0, 4.4), layout="constrained", dpi=150)
+    drawn.set_facecolor(BACKGROUND)
+    for axes, (column, (label, unit)) in zip(drawn.subplots(1, 2), PANELS.items(), strict=True):
+        panel(axes, points, style, column, unit)
+        if "floor" in steps:
+            axes.axvline(steps["floor"][column] / unit, color=BLACK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel(f"{label}, LLaMA-2 7B")
+        axes.set_ylabel("of full fine-tuning's improvement, small models")
+    handles = [
+        Line2D([], [], color=c, marker=m, linestyle="none", label=method)
+        for method, (c, m) in style.items()
+    ]
+    handles.append(Line2D([], [], color=BLACK, linestyle=":", label="floor: nothing is trained"))
+    drawn.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
+    return drawn
+
+
+def panel(
+    axes: Axes, points: list[Row], style: dict[str, tuple[str, str]], column: str, unit: float
+) -> None:
+    for p in points:
+        colour, marker = style[p["method"]]
+        axes.errorbar(
+            p[column] / unit, p["recovered"], yerr=p["recovered_se"], color=colour, marker=marker,
+            markersize=7, markeredgecolor="white", markeredgewidth=0.6, linestyle="none",
+        )  # fmt: skip
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    dress(axes)
+
+
+if __name__ == "__main__":
+    main()
