@@ -52,7 +52,9 @@ def test_the_error_is_what_a_step_of_the_package_leaves_in_a_layers_outputs(way,
     model.training_loss(whole, part).backward()
     torch.optim.SGD([weight], lr=step.lr).step()
     net = copy.deepcopy(base).double()
-    losia = losia_pro.attach(net, losia_pro.LosiaConfig(rank_factor=1 / 4, period=None))
+    losia = losia_pro.attach(
+        net, losia_pro.LosiaConfig(rank_factor=1 / 4, period=None, base_decay=0.0)
+    )
     for name, (rows, columns) in bound.subnets(base, 1 / 4, way, [part] * 2).items():
         losia.modules[name].select(rows, columns)
     optimizer = torch.optim.SGD(losia.parameters(), lr=step.lr)
