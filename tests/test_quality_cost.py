@@ -20,6 +20,7 @@ from losia_pro import LosiaConfig
 from losia_pro.cli.bench.methods import parse
 
 SIZE = settings.SIZES["26m"]
+SIZES = {"rank_factor", "in_factor", "out_factor"}  # compared as what they make of 4096 neurons
 COSTS_NOTHING = {"init", "seed", "period"}  # of a step; that a layer is profiled is in the name
 
 
@@ -32,7 +33,8 @@ def net():
 def test_the_step_of_a_subnet_method_is_of_its_configuration(name, net):
     mine = LosiaConfig(**methods.METHODS[name].settings)
     step = parse(STEPS[name])(copy.deepcopy(net)).losia.config
-    same = step.to_dict().keys() - COSTS_NOTHING
+    assert (mine.n_in(4096), mine.n_out(4096)) == (step.n_in(4096), step.n_out(4096))
+    same = step.to_dict().keys() - COSTS_NOTHING - SIZES
     assert {k: mine.to_dict()[k] for k in same} == {k: step.to_dict()[k] for k in same}
     assert bool(mine.period) == STEPS[name].endswith("+profile")
 
