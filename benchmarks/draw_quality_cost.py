@@ -84,13 +84,13 @@ def main() -> None:
 
 
 def costs(records: list[Row], mode: str) -> dict[str, Row]:
-    """The measured steps of these records by method; of two of the same, the later record's."""
+    """The measured steps of these records by method, in one mode; of two of the same, the newer record's."""
     return {
         row["method"]: row
-        for record in records
+        for record in sorted(records, key=lambda record: record["date"])
         if record["benchmark"] == "step" and BATCH.items() <= record["arguments"].items()
         for row in record["rows"]
-        if row["mode"] == mode and row["status"] == "ok"
+        if row["mode"] == mode and row["status"] == "ok" and row["ratio"]
     }
 
 

@@ -53,7 +53,7 @@ def test_the_step_of_another_method_has_the_same_share_of_the_hidden_size(name):
     assert int(rank) / 4096 == ours / SIZE.hidden
 
 
-def step_record(ms: dict[str, float], batch: int = 4) -> dict:
+def step_record(ms: dict[str, float], batch: int = 4, date: str = "2026-01-01") -> dict:
     rows = [
         {"method": m, "mode": "eager", "status": "ok", "median_ms": t, "ratio": t / 500, "peak_bytes": 10**9 * t}
         for m, t in ms.items()
@@ -61,7 +61,7 @@ def step_record(ms: dict[str, float], batch: int = 4) -> dict:
     rows.append({**rows[0], "mode": "compiled", "median_ms": 1.0})
     rows.append({"method": "dora-r64", "mode": "eager", "status": "skipped"})
     arguments = {"model": "llama2-7b", "batch": batch, "length": 2048, "lr": 1e-3}
-    return {"benchmark": "step", "arguments": arguments, "rows": rows}
+    return {"benchmark": "step", "date": date, "arguments": arguments, "rows": rows}
 
 
 def quality_record() -> dict:
@@ -80,8 +80,9 @@ def quality_record() -> dict:
     return {"plan": plan, "rows": rows, "runs": runs}
 
 
-def test_of_two_measurements_the_later_counts_and_other_shapes_do_not():
-    records = [step_record({"floor": 500, "full": 700}), step_record({"full": 750})]
+def test_of_two_measurements_the_newer_counts_and_other_shapes_do_not():
+    newer = step_record({"full": 750}, date="2026-01-02")
+    records = [newer, step_record({"floor": 500, "full": 700})]
     records.append(step_record({"full": 60}, batch=1))
     found = costs(records, "eager")
     assert {m: r["median_ms"] for m, r in found.items()} == {"floor": 500, "full": 750}
