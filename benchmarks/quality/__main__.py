@@ -216,13 +216,13 @@ def _run(
 
     def next_job(last: str | None, busy: list[Job]) -> Job | None:
         nonlocal stopped
-        now = time.perf_counter()
-        if now - begun + max(recent[-40:], default=0.0) > args.budget - REST:
-            stopped = f"the budget of {args.budget:.0f} s"
-            return None
         under_way = {plan.key(job) for job in busy}
         jobs = [job for job in plan.pending() if plan.key(job) not in under_way]
         if not jobs:
+            return None
+        now = time.perf_counter()
+        if now - begun + max(recent[-40:], default=0.0) > args.budget - REST:
+            stopped = f"the budget of {args.budget:.0f} s"
             return None
         job = choose(jobs, last, [j.method for j in busy])
         started[job] = now

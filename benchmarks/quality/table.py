@@ -13,7 +13,7 @@ from typing import Any
 from .plan import BASE, Row
 
 METHODS = (
-    "full lora-r8 lora-r8-decay lora-as-1/4 lora-as-1/8 losia-default losia-1/8x1-decay losia-1/16x1 losia-1/8x1 "
+    "full lora-r8 lora-r8-decay lora-as-1/4 lora-as-1/8 pissa-r8 losia-default losia-1/8x1-decay losia-1/16x1 "
     "losia-1/4 losia-1/8 losia-paper-T10"
 ).split()
 RIVAL = "lora-r8"
