@@ -15,7 +15,7 @@ from .selection import select_together
 if TYPE_CHECKING:
     from .controller import Losia
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 # Settings that a resumed run must share with the one it continues.

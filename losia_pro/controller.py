@@ -72,7 +72,7 @@ class Losia:
         self.schedule = Schedule(len(self.groups), config.period, config.schedule == "sync")
         self.step = 0
         self.history: list[Reselection] = []
-        self.base_digest = delta.digest({n: m.weight for n, m in linears.items()})
+        self.base_digest = delta.base_of(linears)
         self.start_digest = start_digest(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: Any = None
@@ -290,8 +290,12 @@ class Losia:
 
         ``losia_pro.load_delta(base_model, path)`` applies it. The file appears whole or not at all. With FSDP2
         every process takes part, and the first one writes.
+
+        Raises:
+            RuntimeError: weights that were loaded after ``attach``, and are not the base's.
         """
         self.write_back()
+        delta.check_base(self)
         header = {"base": self.base_digest, "config": json.dumps(self.config.to_dict())}
         delta.save(path, self.modules, header)
 

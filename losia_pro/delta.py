@@ -1,8 +1,8 @@
 """Deltas: what training changed, in one safetensors file with a JSON header; never pickle.
 
 The entries of each linear that may have changed are stored as absolute values (see ``entries``), trained biases
-whole as ``<name>.bias``. The header's ``base`` identifies the weights before training, so that a delta cannot
-land on another base; ``modules`` has each linear's form, and ``shapes`` its weight's shape.
+whole as ``<name>.bias``. The header's ``base`` identifies the linears' weights and biases before training, so that
+a delta cannot land on another base; ``modules`` has each linear's form, and ``shapes`` its weight's shape.
 """
 
 from __future__ import annotations
@@ -12,32 +12,55 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import sharded
+from .base import BaseValues
 from .entries import FORMS, bounds, check_entries, decode, encode
 from .kinds import find_linear
 from .linear import SubnetLinear
 from .views import AnyLinear
 
+if TYPE_CHECKING:
+    from .controller import Losia
+
 FORMAT = "losia-pro-delta"
-VERSION = "1"
+VERSION = "2"
 
 
 @torch.no_grad()
 def digest(weights: Mapping[str, Tensor]) -> str:
     """A hash of names, shapes, dtypes and values: SHA-256 over the row and column sums of each weight's
-    bits, taken as integers. Exact on every device, one pass over the weights, nothing of their size
-    allocated."""
+    bits, taken as integers; of each element's, where it is no matrix. Exact on every device, one pass over the
+    weights, nothing of their size allocated."""
     h = hashlib.sha256()
     for name in sorted(weights):
         w = sharded.whole(weights[name])
         h.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        w = w if w.dim() == 2 else w.reshape(-1, 1)
         for axis in (0, 1):
             h.update(str(_bits(w).sum(axis, dtype=torch.int64).tolist()).encode())
     return h.hexdigest()
+
+
+def base_of(linears: Mapping[str, AnyLinear]) -> str:
+    """What identifies a base model: the digest of its linears' weights and biases."""
+    biases = {f"{n}.bias": m.bias for n, m in linears.items() if m.bias is not None}
+    return digest({n: m.weight for n, m in linears.items()} | biases)
+
+
+def check_base(losia: Losia) -> None:
+    """Raise a RuntimeError unless all that a delta of the run leaves out is as the base model has it."""
+    with BaseValues(losia):
+        found = base_of(losia.modules)
+    if found != losia.base_digest:
+        raise RuntimeError(
+            "weights were loaded or changed after attach() in places that were never trained, which a delta leaves "
+            "out; call attach() on the model once it has its weights, or save it whole"
+        )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -158,7 +181,7 @@ def targets(
     """
     forms = modules_of(header)
     linears = {name: _linear(model, name) for name in forms}
-    found = digest({name: linear.weight for name, linear in linears.items()})
+    found = base_of(linears)
     if found != header.get("base"):
         raise ValueError(
             f"the delta was made from other weights (base {header.get('base', 'unknown')[:12]}, this "

@@ -133,7 +133,7 @@ def test_inspect_counts_each_entry_once(tmp_path, capsys):
     losia.save_delta(tmp_path / "d")
     assert main(["inspect", str(tmp_path / "d"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["version"] == "1" and facts["base"] == losia.base_digest
+    assert facts["version"] == "2" and facts["base"] == losia.base_digest
     assert LosiaConfig(**facts["config"]) == config
     assert facts["bytes"] == (tmp_path / "d").stat().st_size
     tensors = losia_pro.delta.read(tmp_path / "d")[1]

@@ -136,7 +136,7 @@ def test_the_file_is_plain_safetensors_with_a_readable_header(tmp_path):
     _, losia, _ = tuned(stack(), LosiaConfig(rank_factor=1 / 4, period=None))
     losia.save_delta(tmp_path / "d")
     header, tensors = stored(tmp_path / "d")
-    assert (header["format"], header["version"]) == ("losia-pro-delta", "1")
+    assert (header["format"], header["version"]) == ("losia-pro-delta", "2")
     assert LosiaConfig(**json.loads(header["config"])) == losia.config
     assert json.loads(header["modules"]) == dict.fromkeys(losia.modules, "blocks")
     parts = ("out_idx", "in_idx", "values")
@@ -256,3 +256,44 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         losia.save_delta(tmp_path / "nowhere" / "d")
     assert not list(tmp_path.iterdir())
+
+
+def other_weight(losia):
+    """Loads another fine-tune, which differs from the base in one entry that is in no subnet."""
+    state = losia.model.state_dict()
+    weight = state["layers.1.up.weight"] = state["layers.1.up.weight"].clone()
+    trained = torch.zeros_like(weight, dtype=torch.bool)
+    for out_idx, in_idx in losia.touched("layers.1.up"):
+        trained[out_idx[:, None], in_idx] = True
+    weight[tuple((~trained).nonzero()[0])] += 1
+    losia.model.load_state_dict(state)
+
+
+def other_bias(losia):
+    losia.model.layers[0].up.bias.data[3] += 1
+
+
+def other_dtype(losia):
+    losia.model.double()
+
+
+@pytest.mark.parametrize("change", [other_weight, other_bias, other_dtype])
+def test_weights_that_were_loaded_over_the_base_are_noticed(change, tmp_path):
+    _, losia, _ = tuned(stack(), LosiaConfig(rank_factor=1 / 4, period=3))
+    change(losia)
+    before = toys.snapshot(losia.model)
+    with pytest.raises(RuntimeError, match="loaded or changed after attach"):
+        losia.save_delta(tmp_path / "d")
+    assert not list(tmp_path.iterdir())
+    toys.assert_same(before, toys.snapshot(losia.model))
+
+
+def test_a_checkpoint_of_the_run_itself_is_no_other_base(tmp_path):
+    config = LosiaConfig(rank_factor=1 / 4, period=3, train_bias=True)
+    _, losia, _ = tuned(stack(), config)
+    losia.save_delta(tmp_path / "d")
+    again = losia_pro.attach(stack(), config)
+    again.model.load_state_dict(losia.model.state_dict())
+    again.load_state_dict(losia.state_dict())
+    again.save_delta(tmp_path / "again")
+    toys.equal_bits(stored(tmp_path / "again"), stored(tmp_path / "d"))

@@ -110,8 +110,8 @@ HEADERS = {
     "another base": (lambda h: h.update(base="0" * 64), r"other weights \(base 0{12}, this model"),
     "no format": (lambda h: h.pop("format"), "not a delta of losia-pro"),
     "another format": (lambda h: h.update(format="pt"), "not a delta of losia-pro"),
-    "no version": (lambda h: h.pop("version"), "version None; this release reads version 1"),
-    "later version": (lambda h: h.update(version="2"), "version 2; this release reads version 1"),
+    "no version": (lambda h: h.pop("version"), "version None; this release reads version 2"),
+    "later version": (lambda h: h.update(version="3"), "version 3; this release reads version 2"),
     "nothing": (lambda h: h.clear(), "not a delta of losia-pro"),
 }  # fmt: skip
 
@@ -294,12 +294,11 @@ def test_another_base_is_refused(other, message, valid, tmp_path):
     refuse(tmp_path / "d", message, other())
 
 
-@pytest.mark.parametrize("name", ["layers.0.up", "layers.1.down"])
+@pytest.mark.parametrize("name", ["layers.0.up.weight", "layers.1.down.weight", "layers.1.up.bias"])
 def test_one_weight_changed_by_one_bit_is_another_base(name, valid, tmp_path):
     (tmp_path / "d").write_bytes(valid["blocks"].bytes)
     model = base()
-    weight = model.get_submodule(name).weight
-    weight.data.view(torch.int16)[-1, -1] ^= 1
+    model.get_parameter(name).data.view(torch.int16)[..., -1] ^= 1
     refuse(tmp_path / "d", "other weights", model)
 
 

@@ -66,6 +66,13 @@ def test_what_cannot_be_is_refused(tmp_path):
         Trainer(lora, arguments(tmp_path), train_dataset=dataset(), callbacks=[callback]).train()
 
 
+def test_weights_that_were_loaded_over_the_base_are_not_saved_as_an_adapter(tmp_path):
+    _, model, _ = adapted(steps=2)
+    model.get_base_model().model.layers[0].mlp.up_proj.weight.data += 1
+    with pytest.raises(RuntimeError, match="loaded or changed after attach"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_malformed_adapter_is_refused_and_changes_nothing(tmp_path):
     _, model, optimizer = adapted(steps=2)
     model.save_pretrained(tmp_path)

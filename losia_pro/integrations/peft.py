@@ -162,6 +162,7 @@ class LosiaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         losia: Losia = model.losia
         losia.write_back()
+        delta.check_base(losia)
         _, tensors = delta.contents(losia.modules, form="blocks")
         digest = torch.frombuffer(bytearray.fromhex(losia.base_digest), dtype=torch.uint8)
         return {PREFIX + name: t for name, t in tensors.items()} | {BASE: digest}
