@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from bound import attached, backward, profiles
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from losia_pro import LosiaConfig
@@ -50,19 +51,47 @@ def test_blocks_compile_whole_and_once_for_all_slots():
     assert_same_run(compiled, run(False)[0])
 
 
-@pytest.mark.parametrize("to_none", [True, False], ids=["none", "zeros"])
-def test_micro_batches_add_up_and_a_discarded_step_leaves_no_trace(to_none):
-    data = toys.batches(11, dtype=torch.float64)
+def test_a_model_compiled_as_one_has_a_graph_for_each_profiled_group_up_to_pytorchs_limit():
+    """Beyond it, slots of further groups run uncompiled, to the same end; asked for a full graph, PyTorch refuses."""
+    config = LosiaConfig(rank_factor=1 / 4, period=2)
+    data = toys.batches(13, dtype=torch.float64)
+
+    def run(compiled: bool, fullgraph: bool = False):
+        model, losia, optimizer = attached(config)
+        net = torch.compile(model, backend="eager", fullgraph=fullgraph) if compiled else model
+        graphs = []
+        for batch in data:
+            optimizer.zero_grad()
+            backward(net, batch)
+            optimizer.step()
+            graphs.append(counters["stats"].get("unique_graphs", 0))
+        return losia, graphs
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled, graphs = run(True)
+        torch._dynamo.reset()
+        with pytest.raises(FailOnRecompileLimitHit):
+            run(True, fullgraph=True)
+    assert graphs == [1, 1] + [2] * 11
+    assert_same_run(compiled, run(False)[0])
+
+
+@pytest.mark.parametrize(
+    ("to_none", "size"), [(True, 4), (False, 8)], ids=["none", "zeros, of another size"]
+)
+def test_micro_batches_add_up_and_a_discarded_step_leaves_no_trace(to_none, size):
+    data = toys.batches(10, dtype=torch.float64)
+    thrown_away = toys.batches(1, size, dtype=torch.float64, seed=8)[0]
 
     def run(compiled: bool):
         model, losia, optimizer = attached()
         if compiled:
             compile_blocks(model)
-        for i, (x, target) in enumerate(data[:10]):
+        for i, (x, target) in enumerate(data):
             optimizer.zero_grad(set_to_none=to_none)
             if compiled and i in (0, 1, 3, 4, 9):
                 for _ in range(2):
-                    backward(model, data[10], 100.0)
+                    backward(model, thrown_away, 100.0)
                 optimizer.zero_grad(set_to_none=to_none)
             for part in zip(x.chunk(2), target.chunk(2), strict=True):
                 backward(model, part, 1 / 2)

@@ -47,15 +47,42 @@ def test_two_tasks_take_turns_on_one_base(case, dtype, tmp_path):
     tuned = [task(base(case, dtype), CASES[case], k, tmp_path / str(k)) for k in range(2)]
     deltas = [Delta(tmp_path / str(k)) for k in range(2)]
     model = base(case, dtype)
-    untouched, places = copy.deepcopy(model.state_dict()), toys.snapshot(model)["parameters"]
+    untouched, places = copy.deepcopy(model.state_dict()), where(model)
     for k in (0, 1, 1, 0):
         assert deltas[k].apply(model) is model
         toys.equal_bits(model.state_dict(), tuned[k])
         deltas[k].remove()
         toys.equal_bits(model.state_dict(), untouched)
-    assert (
-        toys.snapshot(model)["parameters"] == places
-    )  # in place: compiled and captured graphs stay good
+    assert where(model) == places  # in place: compiled and captured graphs stay good
+
+
+def where(model) -> dict[str, tuple[int, int]]:
+    return {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()}
+
+
+def test_tasks_are_exchanged_under_a_compiled_models_inference(tmp_path):
+    """Between two requests: nothing is compiled anew, and each is answered by its task's model."""
+    x = torch.randn(5, toys.IN, generator=torch.Generator().manual_seed(0))
+    expected, deltas = {None: toys.stack()(x)}, {}
+    for k in (1, 2):
+        model = toys.stack()
+        task(model, {"period": 2, "train_bias": True}, k, tmp_path / str(k))
+        expected[k], deltas[k] = model(x), Delta(tmp_path / str(k))
+    assert not torch.equal(expected[1], expected[2])
+    torch._dynamo.reset()
+    model, now = toys.stack().requires_grad_(False).eval(), None
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), expected[None])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for wanted in (1, 2, None, 2, 1):
+                if now is not None:
+                    deltas[now].remove()
+                if wanted is not None:
+                    deltas[wanted].apply(model)
+                now = wanted
+                assert torch.equal(compiled(x), expected[wanted])
+    torch._dynamo.reset()
 
 
 def test_a_second_delta_on_top_is_refused_and_changes_nothing(tmp_path):
