@@ -38,7 +38,7 @@ def base_model():
 
 FOLDER.mkdir(parents=True, exist_ok=True)
 for task in tasks:
-    losia = losia_pro.attach(base_model(), losia_pro.LosiaConfig(period=4))
+    losia = losia_pro.attach(base_model(), losia_pro.LosiaConfig(rank_factor=1 / 8, period=4))
     optimizer = torch.optim.AdamW(losia.parameters(), lr=3e-3)
     losia.bind(optimizer)
     for step in range(STEPS):

@@ -26,7 +26,7 @@ texts = [line["prompt"] + line["response"] + tokenizer.eos_token for line in map
 texts = [text for text in texts if len(tokenizer(text)["input_ids"]) <= LENGTH]
 
 model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32).to(device)
-losia = losia_pro.attach(model, losia_pro.LosiaConfig(period=2))
+losia = losia_pro.attach(model, losia_pro.LosiaConfig(rank_factor=1 / 8, period=2))
 model.gradient_checkpointing_enable({"use_reentrant": False})
 model.train()  # or nothing is checkpointed
 for layer in model.model.layers:

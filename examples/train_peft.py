@@ -30,7 +30,8 @@ def base_model():
     return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
 
 
-model = get_peft_model(base_model(), losia_pro.peft.LosiaConfig(period=5, task_type="CAUSAL_LM"))
+config = losia_pro.peft.LosiaConfig(rank_factor=1 / 8, period=5, task_type="CAUSAL_LM")
+model = get_peft_model(base_model(), config)
 model.print_trainable_parameters()
 arguments = TrainingArguments(
     "runs/peft", max_steps=20, per_device_train_batch_size=8, learning_rate=3e-3,

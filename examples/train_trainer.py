@@ -25,7 +25,7 @@ def collate(rows):
 
 
 model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
-losia = losia_pro.attach(model, losia_pro.LosiaConfig(period=5))
+losia = losia_pro.attach(model, losia_pro.LosiaConfig(rank_factor=1 / 8, period=5))
 arguments = TrainingArguments(
     str(FOLDER), max_steps=20, per_device_train_batch_size=8, learning_rate=3e-3,
     logging_steps=5, save_steps=10, report_to="none", disable_tqdm=True,
