@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -295,9 +294,7 @@ class Losia:
             RuntimeError: weights that were loaded after ``attach``, and are not the base's.
         """
         self.write_back()
-        delta.check_base(self)
-        header = {"base": self.base_digest, "config": json.dumps(self.config.to_dict())}
-        delta.save(path, self.modules, header)
+        delta.save(path, self)
 
     def detach(self) -> nn.Module:
         """Put the plain ``nn.Linear`` back with the tuned weights in place; returns the model.

@@ -73,24 +73,24 @@ def _bits(t: Tensor) -> Tensor:
     return t.view(integer[t.element_size()])
 
 
-def save(
-    path: str | os.PathLike[str],
-    modules: Mapping[str, SubnetLinear],
-    header: Mapping[str, str],
-) -> None:
-    """Write the touched entries of the modules; the file appears whole, or not at all. If they are sharded, the
+def save(path: str | os.PathLike[str], losia: Losia) -> None:
+    """Write the touched entries of a run's linears; the file appears whole, or not at all. If they are sharded, the
     first process writes it, and each knows then how that went.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        RuntimeError: see ``check_base``.
     """
+    check_base(losia)
+    modules = losia.modules
     forms, tensors = contents(modules)
     about = {
         "format": FORMAT,
         "version": VERSION,
         "modules": json.dumps(forms),
         "shapes": json.dumps({name: list(m.weight.shape) for name, m in modules.items()}),
-        **header,
+        "base": losia.base_digest,
+        "config": json.dumps(losia.config.to_dict()),
     }
     weights = [m.weight for m in modules.values()]
     sharded.first_alone(weights, lambda: _write(os.path.abspath(path), tensors, about))
