@@ -42,7 +42,7 @@ def test_the_ordinary_loop_runs_as_printed(folder):
     exec(PYTHON[0], names)
     assert names["losia"].step == len(batches)  # the optimizer was bound
     assert 9 <= len([line for line in PYTHON[0].splitlines() if line]) <= 14
-    assert_tuned(folder)
+    assert_tuned(folder, 1 / 64)
     base = names["AutoModelForCausalLM"].from_pretrained("my-model")
     losia_pro.load_delta(base, "delta.safetensors")
     tuned = load_file("tuned/model.safetensors")
@@ -63,7 +63,7 @@ def test_the_trainer_runs_as_printed(folder):
     }  # fmt: skip
     exec(PYTHON[1], names)
     assert len(names["losia"].modules) == 2 * 7 and names["losia"].step == 4
-    assert_tuned(folder)
+    assert_tuned(folder, 1 / 16)
 
 
 def test_peft_runs_as_printed(folder):
@@ -86,16 +86,16 @@ def test_peft_runs_as_printed(folder):
     exec(PYTHON[2], names)
     base = AutoModelForCausalLM.from_pretrained("my-model")
     PeftModel.from_pretrained(base, "adapter").merge_and_unload().save_pretrained("tuned")
-    assert_tuned(folder)
+    assert_tuned(folder, 1 / 16)
 
 
-def assert_tuned(folder: Path) -> None:
-    """Some entries of every linear in the blocks have changed, an eighth by an eighth at most; nothing else."""
+def assert_tuned(folder: Path, share: float) -> None:
+    """Some entries of every linear in the blocks have changed, at most this share of it; nothing else."""
     before, after = (load_file(folder / n / "model.safetensors") for n in ("my-model", "tuned"))
     assert before.keys() == after.keys()
     for name in before:
         changed = (before[name] != after[name]).float().mean()
-        assert (0 < changed <= 1 / 64) if "proj" in name else changed == 0, name
+        assert (0 < changed <= share) if "proj" in name else changed == 0, name
 
 
 def test_every_python_block_is_run_by_a_test():
