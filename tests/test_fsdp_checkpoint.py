@@ -12,6 +12,9 @@ from ranks import Run, Sharded, data, launch
 from test_distributed import assert_equal
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from losia_pro import LosiaConfig
+from losia_pro.sharded import local
+
 STOPS = (5, 6)  # within a slot, and right after a re-selection
 
 
@@ -97,3 +100,16 @@ def test_taking_the_optimizers_state_is_not_a_step(momentum):
         get_state_dict(other.model, other.optimizer)
         assert other.losia.step == k
         toys.equal_bits(other.go([batch]).end(), run.go([batch]).end())
+
+
+def first_steps_of_a_warm_up() -> tuple[int, int]:
+    """Two steps at a learning rate of 0 with subnets of one row, and how many entries of them are here."""
+    config = LosiaConfig(in_factor=1 / 4, out_factor=1 / 24, period=3, target_modules=["up"])
+    run = Sharded(config, lambda parameters: torch.optim.SGD(parameters, 0.0)).bind()
+    run.go(data()[:2])
+    return run.losia.step, sum(local(p).numel() for p in run.losia.parameters())
+
+
+def test_a_step_at_a_learning_rate_of_zero_is_one_also_where_a_rank_has_no_gradient(tmp_path):
+    """It looks like the optimizer's making of its state there."""
+    assert launch(first_steps_of_a_warm_up, 2, tmp_path) == [(2, 3 * 4), (2, 0)]
