@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .optim import AdamW
 from .sharded import local
+
+# Those of torch.optim whose first step is one from a state of zeros; SGD's is not where it dampens.
+BEGIN_WITH_ZEROS = {
+    "Adadelta", "Adafactor", "Adam", "AdamW", "Adamax", "Muon", "RAdam", "RMSprop", "SGD",
+}  # fmt: skip
 
 
 def innermost(optimizer: Any) -> Any:
@@ -67,10 +73,16 @@ def is_rehearsal(optimizer: torch.optim.Optimizer, on_any_rank: Callable[[bool],
 def forget(optimizer: torch.optim.Optimizer, subnet: Tensor) -> None:
     """Start the optimizer's state of ``subnet`` afresh, its count of steps too.
 
-    Adam's begins with zeros and is zeroed in place, for a compiled step is compiled for the tensors it has seen.
+    State that begins with zeros is zeroed in place: a compiled step is compiled for the tensors it has seen, and
+    ``torch.distributed.checkpoint`` loads state that every parameter had when it was saved.
     """
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+    kind = type(optimizer)
+    zeros = kind is AdamW or (
+        kind is getattr(torch.optim, kind.__name__, None) and kind.__name__ in BEGIN_WITH_ZEROS
+    )
+    if zeros and not any(g.get("dampening") for g in optimizer.param_groups):
         for value in optimizer.state.get(subnet, {}).values():
-            value.zero_()
+            if isinstance(value, Tensor):
+                value.zero_()
     else:
         optimizer.state.pop(subnet, None)

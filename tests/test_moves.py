@@ -21,13 +21,20 @@ EVERY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", EVERY.values(), ids=EVERY)
-def test_after_a_move_every_optimizer_steps_as_if_it_were_new(kind):
+MOMENTUM = {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(kind, {}) for kind in EVERY.values()] + [(torch.optim.SGD, more) for more in MOMENTUM],
+    ids=[*EVERY, "SGD-nesterov", "SGD-dampening"],
+)
+def test_after_a_move_every_optimizer_steps_as_if_it_were_new(kind, more):
     """The step after a re-selection equals the first step of a fresh optimizer on the moved subnets."""
     data = toys.batches(9, dtype=torch.float64)
     model = toys.stack(torch.float64)
     losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=8, rewarm=False))
-    optimizer = kind(losia.parameters(), lr=LR)
+    optimizer = kind(losia.parameters(), lr=LR, **more)
     losia.bind(optimizer)
     for _ in toys.train(model, optimizer, data[:8]):
         pass
@@ -38,10 +45,10 @@ def test_after_a_move_every_optimizer_steps_as_if_it_were_new(kind):
     for n, m in losia.modules.items():
         fresh[n].grad = m.subnet.grad.clone()
     optimizer.step()
-    kind(list(fresh.values()), lr=LR).step()
+    kind(list(fresh.values()), lr=LR, **more).step()
     for n, m in losia.modules.items():
         moved = n.startswith("layers.0.")
-        stateless = kind is torch.optim.SGD  # without momentum
+        stateless = kind is torch.optim.SGD and not more  # without momentum
         assert torch.equal(m.subnet, fresh[n]) == (moved or stateless), n
 
 

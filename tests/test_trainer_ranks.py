@@ -12,7 +12,7 @@ import pytest
 import torch
 import toys
 from test_trainer import STEPS
-from trainer_ranks import LR, on_the_whole_batch
+from trainer_ranks import LR, end, on_the_whole_batch
 from transformers import AutoModelForCausalLM
 
 import losia_pro
@@ -45,13 +45,13 @@ BOUND = STEPS * LR * 3000**0.5 * 2**-24
 
 
 def test_two_processes_train_as_one_on_the_whole_batch(ranks, tmp_path):
-    alone = on_the_whole_batch(tmp_path / "whole", 1)
-    for end in (r["whole batch"] for r in ranks):
-        assert end["step"] == STEPS and end["moves"] == alone["moves"]
-        assert end["places"] == alone["places"]
+    alone = end(*on_the_whole_batch(tmp_path / "whole", 1))
+    for both in (r["whole batch"] for r in ranks):
+        assert both["step"] == STEPS and both["moves"] == alone["moves"]
+        assert both["places"] == alone["places"]
         for name, weight in alone["weights"].items():
-            torch.testing.assert_close(end["weights"][name], weight, rtol=0, atol=BOUND)
-    half = on_the_whole_batch(tmp_path / "half", 2)
+            torch.testing.assert_close(both["weights"][name], weight, rtol=0, atol=BOUND)
+    half = end(*on_the_whole_batch(tmp_path / "half", 2))
     assert half["places"] != alone["places"]
     assert (
         max((half["weights"][n] - w).abs().max() for n, w in alone["weights"].items()) > 100 * BOUND

@@ -35,15 +35,15 @@ def end(losia, trainer) -> dict[str, Any]:
     }
 
 
-def on_the_whole_batch(folder: Path, n: int) -> dict[str, Any]:
-    """The same examples a step for any number of processes, which must be ``n``."""
+def on_the_whole_batch(folder: Path, n: int, **more: Any) -> tuple[Any, Any]:
+    """The same examples a step for any number of processes, which must be ``n``; the controller and the trainer."""
     changes = {**SGD, "per_device_train_batch_size": PER_STEP // n, "learning_rate": LR}
-    return end(*train(folder, model=without_dropout(), **changes))
+    return train(folder, model=without_dropout(), **changes, **more)
 
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-    ends = {"whole batch": on_the_whole_batch(folder / "whole", 2)}
+    ends = {"whole batch": end(*on_the_whole_batch(folder / "whole", 2))}
     ends["not stopped"] = end(*train(folder / "a"))
     train(folder / "b", stop_at=5)
     ends["resumed"] = end(*train(folder / "b", resume=True))

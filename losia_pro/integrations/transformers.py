@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import Optimizer
 from transformers import (
@@ -20,7 +21,7 @@ from ..controller import Losia
 from ..linear import SubnetLinear
 from ..optimizer import innermost
 
-KEY = "losia"  # of the controller's state within the optimizer's
+KEY = "losia"  # of the controller's state within the optimizer's, or the scheduler's
 
 
 class LosiaCallback(TrainerCallback):
@@ -36,7 +37,9 @@ class LosiaCallback(TrainerCallback):
     It binds the optimizer when training begins. Each checkpoint carries ``losia.state_dict()`` inside its
     ``optimizer.pt``, so that a run resumed from it (``trainer.train(resume_from_checkpoint=...)``, of any
     folder) is bitwise the run that was not stopped. Started by ``torchrun`` or ``accelerate launch``, several
-    processes train one model through ``DistributedDataParallel``.
+    processes train one model through ``DistributedDataParallel``, or, with ``TrainingArguments(fsdp=True)``,
+    through FSDP2; a checkpoint's ``scheduler.pt`` carries the state then, and ``trainer.save_model(folder)`` saves
+    the tuned model.
 
     Into Trainer's logs go ``losia_rewarm``, the factor of the learning rate at this step, a mean over the groups
     (1: none is rewarming); and after re-selections ``losia_moved``, how many linears were moved since the last log,
@@ -50,16 +53,18 @@ class LosiaCallback(TrainerCallback):
     Args:
         losia: the controller; None: the model's own.
 
-    Raises, when training begins:
+    Raises, when training begins, or where that is known when the ``Trainer`` is made:
         ValueError: a model that is not attached; an optimizer that lacks the subnets; a checkpoint without or
-            with another LoSiA state; ``torch.nn.DataParallel``, FSDP, DeepSpeed or another engine that shards
-            the model; an output head that the loss goes around, as TRL's does.
+            with another LoSiA state; ``torch.nn.DataParallel``, FSDP version 1, DeepSpeed or another engine that
+            shards the model; an output head that the loss goes around, as TRL's does; with FSDP2, a scheduler
+            that does not save its attributes.
         RuntimeError: processes that differ, in the weights they start from say.
     """
 
     def __init__(self, losia: Losia | None = None) -> None:
         self._losia = losia
         self._handle: Any = None
+        self._carrier: Any = None
         self._logged = 0
 
     def add_to(self, trainer: Trainer) -> None:
@@ -76,13 +81,22 @@ class LosiaCallback(TrainerCallback):
             )
         return self._losia
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _refuse_other_engines(args)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_other_engines(args)
         self._losia = self._losia or getattr(kwargs["model"], "losia", None)
         optimizer = innermost(kwargs["optimizer"])
+        self._carrier = kwargs["lr_scheduler"] if _is_sharded(args) else None
         saved = optimizer.state.pop(KEY, None)
+        if self._carrier is not None:
+            saved = vars(self._carrier).pop(KEY, None)
+            check_carrier(self._carrier)
         if saved is not None:
             self.losia.load_state_dict(saved)
         elif state.global_step > 0:
@@ -106,8 +120,21 @@ class LosiaCallback(TrainerCallback):
 
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """An optimizer's ``load_state_dict`` keeps entries of ``state`` that are not a parameter's, which
-        is how the controller's state is back before ``on_train_begin``, wherever the checkpoint lies."""
-        state_dict["state"] = {**state_dict["state"], KEY: self.losia.state_dict()}
+        is how the controller's state is back before ``on_train_begin``, wherever the checkpoint lies.
+
+        ``torch.distributed.checkpoint`` takes none but a parameter's. A scheduler's attributes are its state: with
+        FSDP2 every process comes here, and the first saves the scheduler right after the optimizer.
+        """
+        if self._carrier is not None:
+            vars(self._carrier)[KEY] = self.losia.state_dict()
+        else:
+            state_dict["state"] = {**state_dict["state"], KEY: self.losia.state_dict()}
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._carrier is not None:
+            vars(self._carrier).pop(KEY, None)
 
     def on_log(
         self,
@@ -172,9 +199,37 @@ def _refuse_other_engines(args: TrainingArguments) -> None:
             f"torch.nn.DataParallel, which Trainer uses for {args.n_gpu} GPUs in one process, is not supported; "
             f"start a process for each (torchrun --nproc_per_node {args.n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
         )
-    engine = args.distributed_state.distributed_type.name if args.distributed_state else "NO"
+    if _is_sharded(args):
+        return
+    engine = _engine(args)
+    if engine == "FSDP":
+        raise ValueError(
+            'FSDP version 1 is not supported; use FSDP2: fsdp_config={"version": 2} in TrainingArguments, or '
+            "accelerate launch --fsdp_version 2"
+        )
     if engine != "NO" and not engine.startswith("MULTI_"):  # MULTI_GPU, MULTI_CPU, ...
         raise ValueError(
-            f"{engine} is not supported; several processes train through DistributedDataParallel: "
-            "leave FSDP, DeepSpeed and the like out of TrainingArguments and of accelerate's config"
+            f"{engine} is not supported; several processes train through DistributedDataParallel or FSDP2: "
+            "leave DeepSpeed and the like out of TrainingArguments and of accelerate's config"
         )
+
+
+def _engine(args: TrainingArguments) -> str:
+    """accelerate's name of what trains on several devices."""
+    return args.distributed_state.distributed_type.name if args.distributed_state else "NO"
+
+
+def _is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP2 trains the model."""
+    return _engine(args) == "FSDP" and AcceleratorState().is_fsdp2
+
+
+def check_carrier(scheduler: Any) -> None:
+    """Refuse a scheduler whose state dict would not hold what is added to its attributes."""
+    vars(scheduler)[KEY] = True
+    if KEY not in scheduler.state_dict():
+        raise ValueError(
+            f"with FSDP2, LoSiA's state is saved among the scheduler's attributes, and {type(scheduler).__name__} does "
+            "not save those; use one of torch.optim.lr_scheduler"
+        )
+    del vars(scheduler)[KEY]
