@@ -57,6 +57,7 @@ class Profile:
             weakref.finalize(self, hook.remove)
         self.pending: tuple[Tensor, Tensor] | None = None
         self._backward = -1
+        self._version = 0  # of subnet.grad, when the last backward began
         self.full = self._leaf()
         _at_gradients(self, self.full, self.subnet)
 
@@ -94,13 +95,15 @@ class Profile:
 
         What a discarded step left behind (an overflow under ``GradScaler``, a ``zero_grad`` without a
         step) is dropped: a new backward that finds no gradient on the subnet, or one that was set to
-        zero, starts a new step. (Set to zero is not noticed under FSDP2, where a rank has a part of it, or nothing.)
+        zero, starts a new step.
         """
         backward = torch._C._current_graph_task_id()
         if backward == self._backward:
             return
-        self._backward = backward
-        if self.subnet.grad is None:
+        self._backward, last = backward, self._version
+        grad = self.subnet.grad
+        self._version = 0 if grad is None else grad._version
+        if grad is None:
             if self._reduced["yet"]:
                 self.discard()
         elif self.grad is not None or self.pending is not None:
@@ -108,6 +111,8 @@ class Profile:
                 self._fold()
             if not sharded.is_sharded(self.subnet):
                 self._drop_if_zeroed()
+            elif self._version != last and self._reduced["yet"] and not sharded.whole(grad).any():
+                self.discard()  # FSDP2 adds to it without a new version: the loop set it
 
     def _fold(self) -> None:
         assert self.pending is not None
