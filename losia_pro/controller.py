@@ -61,8 +61,8 @@ class Losia:
     def __init__(self, model: nn.Module, config: LosiaConfig, example: Any = None) -> None:
         targets = find_targets(model, config)
         linears = targets.linears
-        sizes = subnet_sizes(linears, targets.head, config)
         check_weights(linears, config)
+        sizes = subnet_sizes(linears, targets.head, config)
         shared = find_shared_inputs(model, targets, example) if config.share_inputs else []
 
         self.model, self.config = model, config
@@ -132,15 +132,16 @@ class Losia:
             raise ValueError(
                 'config.init is "calibrate": call losia.calibrate(batches) before bind()'
             )
-        self._unbind()
         sharded.settle(self.model)
+        ranks = ranks_of(self, process_group)
+        self._unbind()
         self._optimizer, self._scaler = optimizer, scaler
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         self._set_profiled()
-        self._ranks = ranks_of(self, process_group)
+        self._ranks = ranks
         if self._ranks:
             self._handles.append(self.model.register_forward_pre_hook(self._ranks.refuse_join))
             self._ranks.check_start(self, "at bind()")

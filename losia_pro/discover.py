@@ -245,6 +245,12 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
             raise ValueError(
                 f"{name} is on the meta device; load the model's weights before attach()"
             )
+        size = linear.out_features, linear.in_features
+        if not isinstance(linear, View) and stored.shape != size:
+            raise ValueError(
+                f"{name}.weight is {tuple(stored.shape)}, not {size}: attach() takes whole weights; DeepSpeed's "
+                "ZeRO-3, which keeps them in pieces, is not supported"
+            )
         if stored.dtype not in DTYPES:
             raise ValueError(
                 f"{name} has {stored.dtype} weights; only those of fp16, bf16, fp32 or fp64 can be tuned"

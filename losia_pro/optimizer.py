@@ -36,8 +36,8 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}; engines that bring their own, "
-            "DeepSpeed say, are not supported"
+            f"bind takes a torch.optim.Optimizer, got {type(optimizer).__name__}; engines that bring their own, as "
+            "DeepSpeed does but for stage 0 in fp32, are not supported: use DistributedDataParallel or fully_shard()"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(  # noqa: TRY004
@@ -49,7 +49,8 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
     if missing:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "
-            "create it with losia.parameters(), after fully_shard() if that is used"
+            "create it with losia.parameters(), after fully_shard() if that is used (DeepSpeed's ZeRO, which puts "
+            "others in their place, is not supported)"
         )
     short = [n for n, subnet in subnets.items() if subnet.dtype == torch.bfloat16]
     if short and not getattr(optimizer, "bf16_stochastic_round", False):

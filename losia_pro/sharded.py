@@ -199,8 +199,9 @@ def refuse_detach(modules: Iterable[SubnetLinear]) -> None:
     """Raise a TypeError for modules that ``fully_shard`` holds on to."""
     if any(is_sharded(m.weight) for m in modules):
         raise TypeError(
-            "detach() does not undo fully_shard(); the model's state dict is that of the plain model, and "
-            "save_delta() writes what changed: load either into a model that is not sharded"
+            "detach() cannot undo fully_shard(); the model's state dict is that of the plain model already "
+            "(Trainer.save_model(), accelerate's get_state_dict() and torch.distributed.checkpoint save it), and "
+            "save_delta() writes what changed"
         )
 
 
@@ -218,7 +219,10 @@ def check(model: nn.Module, modules: Mapping[str, SubnetLinear], n_ranks: int) -
         ValueError: they are split over other processes than the ``n_ranks`` that train together.
     """
     for name, m in modules.items():
-        shape = getattr(m, "weight", torch.empty(0)).shape
+        try:
+            shape = getattr(m, "weight", torch.empty(0)).shape
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
         if shape != (m.out_features, m.in_features):
             raise TypeError(
                 f"{name}.weight is {tuple(shape)}, not {(m.out_features, m.in_features)}: FullyShardedDataParallel "

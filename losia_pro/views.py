@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .linear import SubnetLinear
+from .sharded import is_sharded
 
 
 class View:
@@ -39,18 +40,18 @@ class View:
 
     @property
     def stored(self) -> Any:
-        """The parameter that ``weight`` is a view of; a TypeError if it is sharded."""
-        stored = self.owner._parameters[self.name]
-        if hasattr(stored, "device_mesh"):
-            raise TypeError(
-                f"{self.name} of {type(self.owner).__name__} is sharded, and FSDP2 takes neither experts nor linears "
-                "that are stored transposed; use DistributedDataParallel, or leave them out with target_modules"
-            )
-        return stored
+        """The parameter that ``weight`` is a view of."""
+        return self.owner._parameters[self.name]
 
     @property
     def weight(self) -> Tensor:
-        """``W`` ``(out, in)``, looked up afresh: conversions of the layer may replace its parameters."""
+        """``W`` ``(out, in)``, looked up afresh: conversions of the layer may replace its parameters; a TypeError if
+        its parameter is sharded."""
+        if is_sharded(self.stored):
+            raise TypeError(
+                f"a view of {self.name}, which is sharded: experts in a stack and linears that are stored transposed "
+                "do not train under FSDP2; use DistributedDataParallel, or leave them out with target_modules"
+            )
         matrix: Tensor = self._part(self.stored)
         return matrix.t() if self.transposed else matrix
 
@@ -69,11 +70,11 @@ class View:
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.stored.shape[-1 if self.transposed else -2]  # type: ignore[no-any-return]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self.stored.shape[-2 if self.transposed else -1]  # type: ignore[no-any-return]
 
 
 AnyLinear = nn.Linear | View

@@ -202,7 +202,7 @@ def files(folder: str) -> dict[str, Any]:
     losia_pro.load_delta(other.model, f"{folder}/delta")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         run.losia.save_delta(f"{folder}/no/delta")
-    with pytest.raises(TypeError, match="does not undo fully_shard"):
+    with pytest.raises(TypeError, match="cannot undo fully_shard.*Trainer.save_model"):
         run.losia.detach()
     assert torch.equal(y, y_again)
     return {

@@ -128,9 +128,28 @@ def test_weights_that_an_engine_keeps_in_pieces_are_refused():
     """FullyShardedDataParallel needs an accelerator, DeepSpeed to be installed: what they leave of a weight."""
     model = toys.stack()
     losia = losia_pro.attach(model)
-    weight = losia.modules["layers.1.down"].weight
-    weight.data = weight.data.flatten()[: weight.numel() // 2]
-    with pytest.raises(
-        TypeError, match=r"layers.1.down.weight is \(192,\), not \(16, 24\): .* ZeRO-3"
-    ):
+    late = toys.stack()
+    for down in (losia.modules["layers.1.down"], late.layers[1].down):
+        down.weight.data = down.weight.data.flatten()[: down.weight.numel() // 2]
+    said = r"layers.1.down.weight is \(192,\), not \(16, 24\): .*"
+    with pytest.raises(TypeError, match=said + "ZeRO-3"):
         losia.bind(torch.optim.AdamW(losia.parameters()))
+    with pytest.raises(ValueError, match=said + "takes whole weights; .*ZeRO-3"):
+        losia_pro.attach(late)
+
+
+def test_an_engines_own_optimizer_is_refused():
+    """DeepSpeed's ZeRO has an optimizer that is none of torch.optim, and gives the user's other parameters."""
+
+    class DeepSpeedZeroOptimizer:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    losia = losia_pro.attach(toys.stack())
+    inner = torch.optim.AdamW(losia.parameters())
+    engine = DeepSpeedZeroOptimizer(inner)
+    with pytest.raises(TypeError, match="got DeepSpeedZeroOptimizer; .* use DistributedDataPar"):
+        losia.bind(engine)
+    inner.param_groups[0]["params"] = [torch.zeros(9, requires_grad=True)]
+    with pytest.raises(ValueError, match=r"lacks 6 of 6 subnets.*DeepSpeed's ZeRO, which puts"):
+        losia.bind(inner)
