@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import base, checkpoint, decay, delta, rounding, sharded
 from .calibrate import calibrate
 from .config import LosiaConfig
-from .convert import convert, replace, restore
+from .convert import convert, restore, take_places
 from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
@@ -85,7 +85,7 @@ class Losia:
 
         model.requires_grad_(False)
         self.modules, self._swaps = convert(linears, sizes, self.sets, config)
-        replace(model, self._swaps)
+        take_places(model, self._swaps)
         keep_from_broadcast(model, self.modules.values())
         base.record(self, self.modules)
         self.anchors = decay.Anchors()

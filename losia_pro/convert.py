@@ -81,10 +81,17 @@ def replace(model: nn.Module, swaps: Sequence[Swap]) -> None:
                 setattr(parent, name, new[id(child)])
 
 
-def restore(model: nn.Module, swaps: Sequence[Swap]) -> None:
-    """Undo ``replace``: the layers are back, with the parameters that their stand-ins have now."""
+def take_places(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Put stand-ins in their layers' places. A layer set aside has its stand-in's parameters, whatever they become: the
+    whole ones that ``fully_shard`` or a conversion replaces would stay in memory."""
+    replace(model, swaps)
     for layer, module in swaps:
-        for name in layer._parameters:
-            layer._parameters[name] = module._parameters.get(name)  # None is not among them
+        layer._parameters = module._parameters
+
+
+def restore(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Undo ``take_places``: the layers are back, with the parameters that their stand-ins have now."""
+    for layer, module in swaps:
+        layer._parameters = {n: p for n, p in module._parameters.items() if n != "subnet"}
         layer.train(module.training)
     replace(model, [(b, a) for a, b in swaps])

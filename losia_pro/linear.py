@@ -111,7 +111,8 @@ class SubnetLinear(nn.Linear):
 
     def _adopt(self, linear: nn.Linear) -> None:
         """Take over weight, bias, hooks and mode of the linear whose place this one takes."""
-        self.weight, self.bias = linear.weight, linear.bias
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(linear, name))
         self.__dict__.update({k: v for k, v in linear.__dict__.items() if "_hook" in k})
         self.train(linear.training)
 

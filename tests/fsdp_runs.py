@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,16 @@ def held() -> dict[str, list[int]]:
     }
 
 
+def whole_ones() -> list[str]:
+    """The parameters of before that are in memory still, once the model is sharded."""
+    model = toys.stack()
+    before = {name: weakref.ref(p) for name, p in model.named_parameters()}
+    run = Sharded(model=model).bind()
+    gc.collect()
+    assert run.losia.modules
+    return [name for name, whole in before.items() if whole() is not None]
+
+
 def files(folder: str) -> dict[str, Any]:
     """What losia.base(), save_delta and load_delta do, and values before and after."""
     run = Sharded().bind().go(data()[:8])
@@ -221,5 +233,6 @@ def everything(folder: str) -> dict[str, Any]:
         "resumed": resumed(),
         "traffic": traffic(),
         "held": held(),
+        "whole": whole_ones(),
         "files": files(folder),
     }

@@ -127,6 +127,11 @@ def test_each_rank_holds_its_part_of_importance_subnets_and_moments(ranks):
         assert sum(sum(p[:half]) for p in parts) == sum(parts[0][half:])
 
 
+def test_no_weight_stays_whole_on_a_rank(ranks):
+    for rank in ranks:
+        assert rank["whole"] == []
+
+
 def test_base_and_delta_are_exact(alone, ranks):
     untrained = {n: t.detach() for n, t in toys.stack(torch.float64).state_dict().items()}
     for end in (r["files"] for r in ranks):

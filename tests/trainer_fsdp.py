@@ -34,16 +34,14 @@ def fsdp(**config: Any) -> dict[str, Any]:
 
 
 def ended(losia: Any, trainer: Any) -> dict[str, Any]:
-    return {
-        "sharded": all(is_sharded(p) for p in trainer.model.parameters()),
-        "on the scheduler": "losia" in vars(trainer.lr_scheduler),
-        **end(losia, trainer),
-    }
+    in_parts = all(is_sharded(p) for p in trainer.model.parameters())
+    return {"sharded": in_parts, **end(losia, trainer)}
 
 
 def resumed(folder: Path, stop: int, **how: Any) -> dict[str, Any]:
-    train(folder, stop_at=stop, **how)
-    return ended(*train(folder, resume=True, **how))
+    _, stopped = train(folder, stop_at=stop, **how)
+    left = "losia" in vars(stopped.lr_scheduler)
+    return {"left on the scheduler": left, **ended(*train(folder, resume=True, **how))}
 
 
 def loops(folder: Path) -> dict[str, Any]:
