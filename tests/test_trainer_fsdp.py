@@ -122,13 +122,16 @@ def test_engines_that_shard_the_model_are_refused(tmp_path, monkeypatch, engine,
     Accelerator(cpu=True)
     # Where accelerate notes its engine.
     monkeypatch.setitem(
-        args.distributed_state._shared_state, "distributed_type", DistributedType[engine]
+        args.distributed_state._shared_state,
+        "distributed_type",
+        DistributedType[engine.rstrip("2")],
     )
-    plugin = SimpleNamespace(fsdp_version=1)
+    plugin = SimpleNamespace(fsdp_version=2 if engine == "FSDP2" else 1)
+    model = SimpleNamespace(peft_config={})
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     for begins in (LosiaCallback(losia).on_init_end, LosiaCallback(losia).on_train_begin):
         with pytest.raises(ValueError, match=outcome):
-            begins(args, None, None, optimizer=None)
+            begins(args, None, None, model=model, optimizer=None)
 
 
 def test_with_fsdp_a_scheduler_that_would_not_save_the_state_is_refused():

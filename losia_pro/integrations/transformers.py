@@ -54,8 +54,8 @@ class LosiaCallback(TrainerCallback):
         losia: the controller; None: the model's own.
 
     Raises, when training begins, or where that is known when the ``Trainer`` is made:
-        ValueError: a model that is not attached; an optimizer that lacks the subnets; a checkpoint without or
-            with another LoSiA state; ``torch.nn.DataParallel``, FSDP version 1, DeepSpeed or another engine that
+        ValueError: a model that is not attached, or under FSDP2 one of PEFT; an optimizer that lacks the subnets; a
+            checkpoint without or with another LoSiA state; ``torch.nn.DataParallel``, FSDP version 1, DeepSpeed or another engine that
             shards the model; an output head that the loss goes around, as TRL's does; with FSDP2, a scheduler
             that does not save its attributes.
         RuntimeError: processes that differ, in the weights they start from say.
@@ -84,12 +84,12 @@ class LosiaCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _refuse_other_engines(args)
+        _refuse_other_engines(args, kwargs.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _refuse_other_engines(args)
+        _refuse_other_engines(args, kwargs.get("model"))
         self._losia = self._losia or getattr(kwargs["model"], "losia", None)
         optimizer = innermost(kwargs["optimizer"])
         self._carrier = kwargs["lr_scheduler"] if _is_sharded(args) else None
@@ -193,13 +193,18 @@ def _refuse_a_head_without_gradient(model: nn.Module) -> None:
         )
 
 
-def _refuse_other_engines(args: TrainingArguments) -> None:
+def _refuse_other_engines(args: TrainingArguments, model: Any) -> None:
     if args.n_gpu > 1:
         raise ValueError(
             f"torch.nn.DataParallel, which Trainer uses for {args.n_gpu} GPUs in one process, is not supported; "
             f"start a process for each (torchrun --nproc_per_node {args.n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
         )
     if _is_sharded(args):
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "PEFT's adapters are not saved under FSDP2; give LosiaCallback what losia_pro.attach(model) returns, "
+                "or train through DistributedDataParallel"
+            )
         return
     engine = _engine(args)
     if engine == "FSDP":
