@@ -55,9 +55,9 @@ class LosiaCallback(TrainerCallback):
 
     Raises, when training begins, or where that is known when the ``Trainer`` is made:
         ValueError: a model that is not attached, or under FSDP2 one of PEFT; an optimizer that lacks the subnets; a
-            checkpoint without or with another LoSiA state; ``torch.nn.DataParallel``, FSDP version 1, DeepSpeed or another engine that
-            shards the model; an output head that the loss goes around, as TRL's does; with FSDP2, a scheduler
-            that does not save its attributes.
+            checkpoint without or with another LoSiA state; ``torch.nn.DataParallel``, FSDP version 1, DeepSpeed or
+            another engine that shards the model; an output head that the loss goes around, as TRL's does; with
+            FSDP2, a scheduler that does not save its attributes.
         RuntimeError: processes that differ, in the weights they start from say.
     """
 
