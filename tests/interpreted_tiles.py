@@ -124,6 +124,7 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
     found = {tuned.key(row): tuple(row["tiles"]) for row in rows}
     assert set(found) == {
         *(("gather_columns", FP32, n, run) for n in (32, 128) for run in (1, 8)),
+        *(("gather_columns", FP32, n, 1) for n in (1, 4, 16)),
         ("subnet_grad", FP32, 128, 32, 8),
         ("importance_update_", FP32, 256, 64),
     }
@@ -142,6 +143,18 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
     assert main([*FLAGS, "--ops", "subnet_grad"]) == 0
     left = {tuned.key(row) for row in json.loads(tuned.path(CPU).read_text())["rows"]}
     assert left == {key for key in found if key[0] != "subnet_grad"}
+
+
+def test_a_budget_ends_it_with_what_was_measured_of_the_first_weight(clock, monkeypatch, capsys):
+    clock.update(dict.fromkeys(FASTER.values(), 9.0))
+    seconds = iter(range(10))
+    monkeypatch.setattr(tune, "perf_counter", lambda: float(next(seconds)))
+    assert main([*FLAGS, "--shape", "64x256", "--budget", "1.5"]) == 0
+    rows = json.loads(tuned.path(CPU).read_text())["rows"]
+    assert [(row["op"], row.get("n_out"), row.get("n_in")) for row in rows] == [
+        ("subnet_grad", 128, 32)
+    ]
+    assert "5 of 6 left" in capsys.readouterr().out
 
 
 def test_a_launch_shape_that_is_wrong_or_cannot_run_is_not_kept(clock, monkeypatch):

@@ -53,6 +53,12 @@ def test_a_users_table_goes_before_one_of_the_devices_family(cache):
     assert tuned.lookup(CPU, "subnet_grad", BF16, 512, 64, 8) == (64, 128, 64, 4, 3)
 
 
+def test_a_users_table_is_its_familys_under_another_name(cache):
+    gpu = tuned.header(CPU) | {"device": "Other GPU", "triton": "0.1"}
+    tuned.write(cache / "tiles-sm_00.json", gpu, [ROW])
+    assert tuned.lookup(CPU, *SIZES) == (64, 128, 64, 4, 3)
+
+
 BROKEN = {
     "no JSON": "{",
     "a list": "[]",

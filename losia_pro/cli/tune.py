@@ -1,13 +1,14 @@
 """Measure launch shapes of the Triton kernels on this GPU, and keep those that are faster than the kernels' rule.
 
     losia-pro tune                                  the linears of LLaMA-2 7B
-    losia-pro tune --models gemma-2b,llama3-8b
+    losia-pro tune --models gemma-2b,llama3-8b --budget 120
     losia-pro tune --shape 4096x14336 --neuron-groups 16 --rank-factor 0.25
 
 Each shape that a kernel might be launched with is checked and timed as `losia-pro bench kernels` does. It is kept where
 it takes 3 % less than the rule's, on the mean over the numbers of tokens, and is slower at none. What is kept is in a
 file in the cache directory, for this GPU and this version of Triton, from which every process takes its launch shapes;
-to go back to the rule, delete it. Gradients may change in their last bits: their sums are split otherwise.
+to go back to the rule, delete it. It is written after each weight, so a run that ends early has lost nothing. Gradients
+may change in their last bits: their sums are split otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ from .bench.timing import first_line
 from .errors import CliError
 from .values import count, names, positive
 
-OPS = tuple(operations.POINTS)
+# By what a launch shape is worth: where there is a CUDA module, it gathers and Triton multiplies.
+OPS = ("subnet_grad", "importance_update_", "gather_columns")
+FEW_INPUTS = (1 / 16, 1 / 64)  # of rectangular subnets, whose outputs are all chosen
 GAIN = 0.03  # less than this may be noise
 RULE = "rule"
 
@@ -56,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--neuron-groups", type=_counts, default=[1, 8, 16], metavar="N,N", help="default 1,8,16"
+    )
+    parser.add_argument(
+        "--budget", type=positive, metavar="SECONDS", help="nothing is begun after this"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: in the cache directory"
@@ -85,30 +92,33 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{header['device']}, Triton {header['triton']}; {', '.join(map(str, args.tokens))} tokens"
     )
-    failed = False
-    for op in args.ops:
+    began, failed = perf_counter(), False
+    plan = _plan(args.ops, linears)
+    for done, (op, into, out) in enumerate(plan):
+        if args.budget and perf_counter() - began > args.budget:
+            print(f"The budget of {args.budget:.0f} s: {len(plan) - done} of {len(plan)} left")
+            break
         candidates = dict(_candidates(op, dtype, device))
         ways = functools.partial(_ways, candidates)
         s = Setting(device, dtype, limits, _selections(op, args), ways)
-        for into, out in _shapes(op, linears):
-            try:
-                found = [_measure(s, op, into, out, tokens) for tokens in args.tokens]
-            except Exception as error:  # noqa: BLE001 - the shapes after this one are still worth measuring
-                print(f"  WRONG: {op} at {out} x {into}: {first_line(error)}")
-                failed = True
-                continue
-            for key in found[0]:
-                times = [at[key] for at in found]
-                name = best(times)
-                kept.pop(key, None)
-                ratio = ""
-                if name != RULE:
-                    kept[key] = _row(key, candidates[name], args.tokens, times, name)
-                    ratio = f", {_mean(times, name):.3f}x of the rule's time"
-                print(f"  {_said(key)}: {name}{ratio}", flush=True)
-            _write(file, header, list(kept.values()))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            found = [_measure(s, op, into, out, tokens) for tokens in args.tokens]
+        except Exception as error:  # noqa: BLE001 - the shapes after this one are still worth measuring
+            print(f"  WRONG: {op} at {out} x {into}: {first_line(error)}")
+            failed = True
+            continue
+        for key in found[0]:
+            times = [at[key] for at in found]
+            name = best(times)
+            kept.pop(key, None)
+            ratio = ""
+            if name != RULE:
+                kept[key] = _row(key, candidates[name], args.tokens, times, name)
+                ratio = f", {_mean(times, name):.3f}x of the rule's time"
+            print(f"  {_said(key)}: {name}{ratio}", flush=True)
+        _write(file, header, list(kept.values()))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     tuned.table.cache_clear()
     print(f"{len(kept)} launch shapes in {file}")
     return 1 if failed else 0
@@ -180,15 +190,23 @@ def _selections(op: str, args: argparse.Namespace) -> list[Selection]:
     """Single neurons have no product of their own."""
     groups = [g for g in dict.fromkeys(args.neuron_groups) if g > 1 or op != "subnet_grad"]
     p = args.rank_factor
-    return [Selection(f"groups of {g}", p, p, g) for g in groups]
+    found = [Selection(f"groups of {g}", p, p, g) for g in groups]
+    if op == "gather_columns":
+        found += [Selection(f"{share:g} of the inputs", share, 1.0) for share in FEW_INPUTS]
+    return found
 
 
-def _shapes(op: str, linears: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Both sides of a linear are gathered from, its inputs and the gradient of its outputs."""
-    if op != "gather_columns":
-        return linears
-    sides = dict.fromkeys(side for linear in linears for side in linear)
-    return [(side, 1) for side in sides]
+def _plan(ops: list[str], linears: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
+    """Operation, inputs and outputs: all operations of a weight before the next weight's.
+
+    Both sides of a linear are gathered from, its inputs and the gradient of its outputs.
+    """
+    plan: dict[tuple[str, int, int], None] = {}
+    for into, out in linears:
+        for op in sorted(ops, key=OPS.index):
+            sides = ((into, 1), (out, 1)) if op == "gather_columns" else ((into, out),)
+            plan |= dict.fromkeys((op, *side) for side in sides)
+    return list(plan)
 
 
 def _row(key: Any, tiles: Any, tokens: list[int], times: list[dict[str, float]], name: str) -> Row:
