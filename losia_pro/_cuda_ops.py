@@ -58,9 +58,9 @@ def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
     ``group``; result ``(T, n_in)``."""
     in_idx = in_idx.contiguous()
     (tokens, _), n_in, element = x.shape, in_idx.shape[0], x.element_size()
-    out = torch.empty(tokens, n_in, dtype=x.dtype, device=x.device)
+    out = x.new_empty(tokens, n_in)
     if tokens and n_in:
-        stride_t, stride_c = x.stride(0) * element, x.stride(1) * element
+        stride_t, stride_c = (stride * element for stride in x.stride())
         step = _step(group, element) if stride_c == element else 1
         if (stride_t | n_in * element | x.data_ptr()) % (step * element):
             step = 1

@@ -126,6 +126,11 @@ def _chosen(
     return getattr(module, op)  # type: ignore[no-any-return]
 
 
+def eager() -> bool:
+    """Whether neither a compiler traces nor one of ``torch.func``'s transforms is at work."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def plain(t: Tensor) -> bool:
     """Whether an op may be called as the Python function that answers, its operands being checked: nothing is
     there to see it go by. The dispatcher takes as long as a launch."""

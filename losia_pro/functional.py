@@ -107,16 +107,17 @@ def checked(
     if torch_ops.autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
 
-    wants_subnet = torch.is_grad_enabled() and _wants_grad(subnet)
-    wants_weight = torch.is_grad_enabled() and _wants_grad(weight)
+    eager = dispatch.eager()
+    wants_subnet = torch.is_grad_enabled() and _wants_grad(subnet, eager)
+    wants_weight = torch.is_grad_enabled() and _wants_grad(weight, eager)
     if not (wants_subnet or wants_weight or profile is not None):
         return F.linear(x, weight, bias)
 
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not (eager or torch.compiler.is_compiling()):
         _refuse_nested_grad()
     flat = _rows(x.detach())
     x_sub = x_whole = None
-    hooks = saved_tensors_hooks()
+    hooks = saved_tensors_hooks() if eager else None
     if wants_subnet and mode == "pro":
         x_sub = _columns(given, flat, in_idx, groups[1], impl, shared, hooks)
     if wants_weight or profile is not None or mode == "dense":
@@ -126,14 +127,12 @@ def checked(
         full, profile = profile.full, None
     early = None
     if hooks is not None:
-        kept = weight if _wants_grad(x) else None
+        kept = weight if x.requires_grad else None
         early = SavedEarly(kept, out_idx, in_idx, x_sub, x_whole, hooks)
     inputs = (
         x, weight, subnet, bias, full, out_idx, in_idx, x_sub, x_whole, impl, groups[0], profile, early
     )  # fmt: skip
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _SubnetLinear.apply(*inputs)  # type: ignore[no-any-return]
-    return _apply(*inputs)  # type: ignore[no-any-return]
+    return (_apply if eager else _SubnetLinear.apply)(*inputs)  # type: ignore[no-any-return]
 
 
 def _columns(
@@ -151,14 +150,17 @@ def _columns(
     if hooks is not None and keeps_nothing(hooks[0]):
         return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it
 
-    def gather(flat: Tensor) -> Tensor:
-        if dispatch.left_to_compiler(impl, group):
-            return torch_ops.gather_columns(flat, in_idx)
-        if dispatch.plain(flat):
-            return dispatch.function("gather_columns", flat, impl)(flat, in_idx, group)
-        return torch.ops.losia_pro.gather_columns(flat, in_idx, group=group, impl=impl)  # type: ignore[no-any-return]
+    if shared is None:
+        return _gather(flat, in_idx, group, impl)
+    return shared.columns(x, flat, lambda flat: _gather(flat, in_idx, group, impl))
 
-    return gather(flat) if shared is None else shared.columns(x, flat, gather)
+
+def _gather(flat: Tensor, in_idx: Tensor, group: int, impl: str | None) -> Tensor:
+    if dispatch.plain(flat):
+        return dispatch.function("gather_columns", flat, impl)(flat, in_idx, group)
+    if dispatch.left_to_compiler(impl, group):
+        return torch_ops.gather_columns(flat, in_idx)
+    return torch.ops.losia_pro.gather_columns(flat, in_idx, group=group, impl=impl)  # type: ignore[no-any-return]
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -166,10 +168,10 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _wants_grad(t: Tensor) -> bool:
+def _wants_grad(t: Tensor, eager: bool) -> bool:
     """Whether ``t`` requires grad, at whatever level of ``torch.func``'s transforms: inside a ``vmap``,
     a tensor does not say that what it wraps does."""
-    if not torch.compiler.is_compiling():
+    if not (eager or torch.compiler.is_compiling()):
         while not t.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(t):
             t = torch._C._functorch.get_unwrapped(t)
     return t.requires_grad
@@ -199,15 +201,12 @@ class _SubnetLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, subnet, bias, full, out_idx, in_idx, x_sub, x_whole = inputs[:9]
-        ctx.impl, ctx.out_group, ctx.profile, early = inputs[9:]
-        ctx.early = early
-        if early is None:
-            kept_weight = weight if _wants_grad(x) else None
+        ctx.impl, ctx.out_group, ctx.profile, ctx.early = inputs[9:]
+        eager = dispatch.eager()
+        if ctx.early is None:
+            kept_weight = weight if _wants_grad(x, eager) else None
             ctx.save_for_backward(kept_weight, out_idx, in_idx, x_sub, x_whole)
-        ctx.weight_dtype, ctx.subnet_dtype = weight.dtype, subnet.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.full_dtype = None if full is None else full.dtype
-        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:5]]
         ctx.trained = (weight, subnet) if eager else None
 
     @staticmethod
@@ -216,20 +215,21 @@ class _SubnetLinear(torch.autograd.Function):
         weight, out_idx, in_idx, x_sub, x_whole = saved
         wants_x, wants_weight, wants_subnet, wants_bias, wants_full = ctx.needs_input_grad[:5]
         dx = d_weight = d_subnet = d_bias = d_full = None
+        weight_dtype, subnet_dtype, bias_dtype, full_dtype = ctx.dtypes
         flat = _rows(dy)
         if wants_x:
-            dx = dy @ weight.to(dy.dtype)
+            dx = dy @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype))
         if wants_subnet and x_sub is not None:
-            d_subnet = _subnet_grad(flat, x_sub, out_idx, ctx.out_group, ctx.subnet_dtype, ctx.impl)
+            d_subnet = _subnet_grad(flat, x_sub, out_idx, ctx.out_group, subnet_dtype, ctx.impl)
         elif wants_subnet:
-            dense = torch_ops.product(flat, x_whole, ctx.subnet_dtype)
+            dense = torch_ops.product(flat, x_whole, subnet_dtype)
             d_subnet = dense.index_select(0, out_idx).index_select(1, in_idx)
         if wants_weight:
-            d_weight = torch_ops.product(flat, x_whole, ctx.weight_dtype)
+            d_weight = torch_ops.product(flat, x_whole, weight_dtype)
         if wants_bias:
-            d_bias = flat.sum(0, dtype=ctx.bias_dtype)
+            d_bias = flat.sum(0, dtype=bias_dtype)
         if wants_full:
-            d_full = torch_ops.product(flat, x_whole, ctx.full_dtype)
+            d_full = torch_ops.product(flat, x_whole, full_dtype)
         if ctx.profile is not None:
             ctx.profile.add(flat, x_whole)
         grads = dx, d_weight, d_subnet, d_bias, d_full
@@ -246,12 +246,12 @@ def _subnet_grad(
     out_dtype: torch.dtype,
     impl: str | None,
 ) -> Tensor:
-    if dispatch.left_to_compiler(impl, 1 if group == dy.shape[1] else group):
-        return torch_ops.subnet_grad(dy, x_sub, out_idx, out_dtype, group)
     if dispatch.plain(dy) and dy.dtype == x_sub.dtype:
         return dispatch.function("subnet_grad", dy, impl, group)(
             dy, x_sub, out_idx, out_dtype, group
         )
+    if dispatch.left_to_compiler(impl, 1 if group == dy.shape[1] else group):
+        return torch_ops.subnet_grad(dy, x_sub, out_idx, out_dtype, group)
     return torch.ops.losia_pro.subnet_grad(  # type: ignore[no-any-return]
         dy, x_sub, out_idx, group=group, out_dtype=out_dtype, impl=impl
     )

@@ -171,7 +171,7 @@ class SubnetLinear(nn.Linear):
                 sharded.refuse_parallel(own["subnet"])
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        if own["subnet"].requires_grad:
+        if self.touched.swapped and own["subnet"].requires_grad:
             self.touched.refuse_base()
         weight, bias = self._dense()
         return checked(

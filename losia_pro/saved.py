@@ -12,9 +12,7 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
 def saved_tensors_hooks() -> Hooks | None:
-    """The innermost ``saved_tensors_hooks`` in force, in eager mode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
+    """The innermost ``saved_tensors_hooks`` in force; for eager mode alone."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[return-value]
 
 
