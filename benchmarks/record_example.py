@@ -17,7 +17,16 @@ from losia_pro.cli import main as losia_pro
 RESULT = Path(__file__).parent / "results" / "example.json"
 SEEDS = (0, 1, 2)
 SHARED = ("versions", "device", "precision", "steps", "examples", "base", "groups", "subnet_share")
-SETTINGS = ("batch_size", "max_length", "scheduler", "warmup", "lr", "rank_factor", "period")
+SETTINGS = (
+    "batch_size",
+    "max_length",
+    "scheduler",
+    "warmup",
+    "lr",
+    "rank_factor",
+    "period",
+    "base_decay",
+)
 
 
 def run(seed: int) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Results:
             "warmup",
             "rank_factor",
             "period",
+            "base_decay",
         )
         self.all |= {
             "judged_by": "mean held-out loss over the seeds, on a tenth of the training examples",

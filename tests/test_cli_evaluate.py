@@ -49,7 +49,7 @@ def delta(base, tmp_path_factory):
         AutoModelForCausalLM.from_pretrained(base),
         AutoTokenizer.from_pretrained(base),
     )
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=None))
+    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, base_decay=0))
     optimizer = torch.optim.AdamW(losia.parameters(), lr=1e-2)
     losia.bind(optimizer)
     for _ in range(2):

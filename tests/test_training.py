@@ -127,7 +127,7 @@ def adafactor(parameters):
 def test_adafactor_equals_training_the_compact_matrices(dtype, bound):
     """Adafactor's factored moments and its scale by the parameter's norm are those of the compact matrix,
     so the oracle trains that: a leaf cut out of the plain weight, its gradient sliced from the dense one."""
-    config = LosiaConfig(rank_factor=1 / 4, period=7)
+    config = LosiaConfig(rank_factor=1 / 4, period=7, base_decay=0)
     data = toys.batches(STEPS, dtype=dtype)
     model = toys.stack(dtype)
     plain = copy.deepcopy(model)
@@ -203,7 +203,7 @@ def test_only_subnets_and_asked_for_biases_change():
 
 def test_trained_biases_follow_dense_training():
     """With every entry selected and the biases trained, the run is plain training of those layers."""
-    config = LosiaConfig(rank_factor=1.0, period=None, train_bias=True)
+    config = LosiaConfig(rank_factor=1.0, train_bias=True, base_decay=0)
     data = toys.batches(20, dtype=torch.float64)
     plain, model = toys.stack(torch.float64), toys.stack(torch.float64)
     losia = losia_pro.attach(model, config)

@@ -193,6 +193,7 @@ class Oracle:
         self.model, self.groups, self.config, self.follow = model, groups, config, follow
         self.subnets = dict(subnets)
         self.weights = {n: model.get_submodule(n).weight for group in groups for n in group}
+        self.base = {n: w.detach().clone() for n, w in self.weights.items()}
         self.group_of = {n: i for i, group in enumerate(groups) for n in group}
         self.moved_at: dict[str, int] = {}
         self.history: list[tuple[int, str, float, float]] = []
@@ -230,7 +231,14 @@ class Oracle:
                 factor = reference.rewarm_factor(self.step, self.moved_at[n], c.period)
             group["lr"] = lr * factor
         masks = [reference.mask(w.detach(), *self.subnets[n]) for n, w in self.weights.items()]
+        before = [w.detach().clone() for w in self.weights.values()]
         reference.masked_dense_step(self.weights.values(), masks, self.optimizer)
+        for n, group, mask, old in zip(
+            self.weights, self.optimizer.param_groups, masks, before, strict=True
+        ):  # a rewarmed step is a share of the whole step with its decay
+            w, factor = self.weights[n].detach(), group["lr"] / lr
+            whole = old + (w - old) / factor
+            w -= group["lr"] * c.base_decay * mask * (whole - self.base[n])
         if c.period is not None and self.step % c.period == 0:
             for n in self._profiled():
                 self._move(n)

@@ -79,7 +79,6 @@ JOB: dict[str, Any] = {
     # Tuned by benchmarks/tune_example.py: see its results/example-learning-rates.json. losia computes
     # the same updates as losia-pro.
     "lr": {"losia-pro": 1e-2, "losia": 1e-2, "lora": 5e-3, "full": 2e-4},
-    "period": 20,
 }
 JOB_MODEL, JOB_DATA = "tiny-llama", "rst-to-markdown"  # under examples/ of a checkout
 JOB_SAYS = "A small Llama that knows reStructuredText learns to turn it into Markdown."
