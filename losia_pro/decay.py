@@ -50,8 +50,10 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
             continue
         amount = rates[id(module.subnet)] * losia.config.base_decay
         subnet, base = sharded.local(module.subnet.detach()), losia.anchors.of(module)
+        if isinstance(amount, Tensor):
+            amount = amount.to(subnet.device, torch.promote_types(subnet.dtype, torch.float32))
         if subnet.dtype == torch.bfloat16:
             key = rounding.key_of(losia.config.seed, losia.step, k, 2)
             rounding.lerp_([subnet], [base], amount, key)
         else:
-            subnet.add_((base - subnet).mul_(amount))  # exactly nothing where they are equal
+            subnet.lerp_(base.to(subnet.dtype), amount)  # exactly nothing where they are equal

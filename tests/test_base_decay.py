@@ -162,3 +162,17 @@ def test_the_bases_values_at_a_place_come_from_every_place_before():
         weight[rows[:, None], columns] += 1
         assert torch.equal(touched.values_at(rows, columns), base[rows[:, None], columns])
     assert len(touched.values) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learning_rate_in_a_tensor_is_read_where_it_is(dtype):
+    ends = []
+    for lr in (2**-4, torch.tensor(2**-4)):
+        model = toys.stack(dtype)
+        losia = losia_pro.attach(model, CONFIG)
+        optimizer = torch.optim.AdamW(losia.parameters(), lr=lr, foreach=False)
+        losia.bind(optimizer)
+        list(toys.train(model, optimizer, toys.batches(4, dtype=dtype)))
+        ends.append(model.state_dict())
+    for a, b in zip(*(end.values() for end in ends), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
