@@ -33,7 +33,8 @@ def test_after_a_move_every_optimizer_steps_as_if_it_were_new(kind, more):
     """The step after a re-selection equals the first step of a fresh optimizer on the moved subnets."""
     data = toys.batches(9, dtype=torch.float64)
     model = toys.stack(torch.float64)
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=8, rewarm=False))
+    config = LosiaConfig(rank_factor=1 / 4, period=8, rewarm=False, base_decay=0.0)
+    losia = losia_pro.attach(model, config)
     optimizer = kind(losia.parameters(), lr=LR, **more)
     losia.bind(optimizer)
     for _ in toys.train(model, optimizer, data[:8]):
@@ -94,7 +95,8 @@ def test_rewarming_scales_the_learning_rate_from_the_first_reselection_on():
     """SGD's step is lr times the gradient, so the factor can be read off each step."""
     period, data = 4, toys.batches(20, dtype=torch.float64)
     model = toys.stack(torch.float64)
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=period))
+    config = LosiaConfig(rank_factor=1 / 4, period=period, base_decay=0.0)
+    losia = losia_pro.attach(model, config)
     optimizer = torch.optim.SGD(losia.parameters(), lr=LR)
     losia.bind(optimizer)
     factors: dict[str, list[float]] = {n: [] for n in losia.modules}
