@@ -152,7 +152,10 @@ def tune(job: dict[str, Any], base: dict[str, Tensor], steps: int) -> dict[str, 
         parameters = [p for p in model.parameters() if p.requires_grad]
     else:
         config = losia_pro.LosiaConfig(
-            rank_factor=RANK_FACTOR, period=None if "fixed" in method else PERIOD, seed=seed
+            rank_factor=RANK_FACTOR,
+            period=None if "fixed" in method else PERIOD,
+            base_decay=0,
+            seed=seed,
         )
         losia = losia_pro.attach(model, config)
         parameters, bind = losia.parameters(), losia.bind
