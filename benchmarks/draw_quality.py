@@ -63,15 +63,15 @@ def figure(rows: list[Row], base: dict[str, Row], name: str) -> Figure:
     """A panel a target; the methods in the legend are those of all panels."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     style = styles(list(dict.fromkeys(row["method"] for row in rows)))
-    columns = min(4, len(targets))
+    columns = min(3, len(targets))
     lines = -(-len(targets) // columns)
     drawn = Figure(figsize=(3.2 * columns + 2.6, 3.0 * lines + 0.4), layout="constrained", dpi=150)
     drawn.set_facecolor(BACKGROUND)
-    panels = drawn.subplots(lines, columns, squeeze=False).flat
+    panels = list(drawn.subplots(lines, columns, squeeze=False).flat)
     for axes, target in zip(panels, targets, strict=False):
         panel(axes, [row for row in rows if row["target"] == target], style, name)
         axes.set_title(f"{target} (untuned: {base[target]['test_loss']:.3f})", fontsize=9)
-    for axes in list(panels)[len(targets) :]:
+    for axes in panels[len(targets) :]:
         axes.set_visible(False)
     handles = [
         Line2D([], [], color=c, marker=m, linestyle="none", label=method)
