@@ -16,7 +16,8 @@ def test_clipping_clips_the_compact_norm_and_leaves_importance():
     batch = toys.batches(1, dtype=torch.float64)[0]
 
     def step(limit):
-        model, losia, optimizer = attached(optimizer=lambda p: torch.optim.SGD(p, lr=LR))
+        config = LosiaConfig(rank_factor=1 / 4, period=4, base_decay=0)
+        model, losia, optimizer = attached(config, optimizer=lambda p: torch.optim.SGD(p, lr=LR))
         optimizer.zero_grad()
         backward(model, batch)
         before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
@@ -55,7 +56,9 @@ SCHEDULES = {
 def test_a_schedulers_rates_are_those_any_parameter_gets(make):
     """Through moves and rewarming, for two groups of different rates; and the steps really use them."""
     model = toys.stack(torch.float64)
-    losia = losia_pro.attach(model, LosiaConfig(rank_factor=1 / 4, period=3, rewarm=False))
+    losia = losia_pro.attach(
+        model, LosiaConfig(rank_factor=1 / 4, period=3, rewarm=False, base_decay=0)
+    )
     ps = losia.parameters()
     groups = [{"params": ps[:2], "lr": LR}, {"params": ps[2:], "lr": 3 * LR}]
     optimizer = torch.optim.SGD(groups, lr=LR)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
-import json
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,16 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.quality import levers, model, rates, settings, studies, training
+from benchmarks.quality import levers, model, rates, record, settings, studies, training
 from benchmarks.quality.arrange import arrange, spanning
 from benchmarks.quality.corpora import Part, windows
 from benchmarks.quality.methods import METHODS, losia, prepare
+from benchmarks.quality.plan import Job, Plan
 
 from losia_pro.profile import Profile
 
 TOY = settings.SIZES["toy"]
-RECORD = Path(__file__).parent.parent / "benchmarks" / "results" / "quality-26m.jsonl"
+RECORD = Path(__file__).parent.parent / "benchmarks" / "results" / "quality-26m.json"
 MOVED = {"in_factor": 1 / 4, "out_factor": 1, "period": 2}
 
 
@@ -51,26 +50,16 @@ def step(prepared, optimizer, part):
 
 # --- keys ---------------------------------------------------------------------------------------------
 
-DECIDES = {
-    "full": "0a586a03",
-    "losia-1/8": "76d38c45",
-    "losia-1/16x1-calibrated": "fd3735cf",
-    "losia-1/4": "d763bc7c",
-    "losia-1/16x1": "d71c206e",
-    "lora-r8": "c725d13c",
-    "losia-paper-T10": "bc2a218c",
-    "lora-as-1/8": "c4eb9053",
-}
-DIGEST = "dadc6fbf9756"  # of the setting
-
 
 def test_runs_on_record_are_still_those_of_the_methods_of_their_names():
-    """Their keys are hashes of these texts among others: another text, and every run is made again."""
-    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
-    names = {row["method"] for row in rows} - {"base"}
-    now = {n: hashlib.sha256(METHODS[n].decides().encode()).hexdigest()[:8] for n in names}
-    assert now == {n: DECIDES[n] for n in names}
-    assert settings.SIZES["26m"].digest() == DIGEST
+    """Their keys are hashes of all that decides a run: another key, and every run is made again."""
+    head, runs = record.read(RECORD)
+    plan = Plan(**head["plan"])
+    for r in runs:
+        job = Job(0, r["method"], r["target"], r["exponent"], r["seed"])
+        assert plan.key(job) == r["key"], job
+    (digest,) = {context.split()[0] for context in plan.context.values()}
+    assert settings.SIZES["26m"].digest() == digest
 
 
 def test_a_lever_makes_another_run_and_none_makes_the_same():
