@@ -58,6 +58,30 @@ def test_the_dpo_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     PeftModel.from_pretrained(base, tmp_path / "runs" / "dpo")
 
 
+def test_the_sft_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    out = run("train_sft.py", tmp_path, monkeypatch, capsys)
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", out)]
+    assert re.findall(r"'losia_moved': '?(\d+)", out) == ["7"] * 4
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.5
+    merged = saved_values(tmp_path / "runs" / "sft" / "merged")
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # as TRL loads it
+    adapted = PeftModel.from_pretrained(base, tmp_path / "runs" / "sft")
+    toys.equal_bits(adapted.merge_and_unload().state_dict(), merged)
+
+
+def test_the_accelerate_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    """On one process; test_accelerate.py launches it on two."""
+    out = run("train_accelerate.py", tmp_path, monkeypatch, capsys)
+    found = re.findall(r"step (\d+) on 1 .*: loss ([\d.]+), (\d+) linears", out)
+    steps, losses, moved = zip(*found, strict=True)
+    assert steps == ("5", "10") and moved == ("7", "14")
+    assert float(losses[-1]) < float(losses[0]) - 0.5
+    folder = tmp_path / "runs" / "accelerate"
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    tuned = load_delta(base, folder / "delta.safetensors").state_dict()
+    toys.equal_bits(saved_values(folder / "tuned"), tuned)
+
+
 def test_the_trainer_example_runs_as_printed_and_goes_on_exactly(tmp_path, monkeypatch, capsys):
     out = run("train_trainer.py", tmp_path, monkeypatch, capsys)
     assert re.findall(r"'losia_moved': '?(\d+)", out) == ["7"] * 4
