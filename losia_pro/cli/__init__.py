@@ -23,7 +23,21 @@ COMMANDS = {  # module of this package: what it does. Imported only when it is c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run a subcommand; returns the exit code: 0, 2 for an error of the user's, 130 after Ctrl-C, 1 where nobody
+    reads what is printed (``| head``)."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            print(end="", flush=True)  # what a closed pipe raises, it raises here
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what Python flushes at exit
+        return 1
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="losia-pro", description="Fine-tune subnets of a model's linear layers."
