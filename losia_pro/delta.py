@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -105,6 +106,8 @@ def _write(path: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as room:
         complete = os.path.join(room, "delta")
         save_file(tensors, complete, about)
+        with open(os.path.join(room, "new"), "xb") as new:  # safetensors writes for its owner alone
+            shutil.copymode(new.name, complete)
         to_disk(complete)
         os.replace(complete, path)
     to_disk(folder)

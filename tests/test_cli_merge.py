@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -66,6 +68,17 @@ def test_the_merged_model_is_the_detached_one_bit_for_bit(base, tuned, there, tm
     tokenizers = [AutoTokenizer.from_pretrained(f)("say red").input_ids for f in (base, out)]
     assert tokenizers[0] == tokenizers[1]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_merge_makes_can_be_read_by_whom_the_umask_allows(base, tuned, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main(["merge", str(base), str(tuned[0]), str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o640}
 
 
 def test_a_delta_of_another_dtype_says_which_one(base, tmp_path, capsys):

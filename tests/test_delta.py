@@ -240,6 +240,20 @@ def test_the_file_and_then_its_name_are_on_the_disk_before_save_returns(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_file_can_be_read_by_whom_the_umask_allows(mask, tmp_path):
+    _, losia, _ = tuned(stack(), LosiaConfig(rank_factor=1 / 4), steps=0)
+    before = os.umask(mask)
+    try:
+        losia.save_delta(tmp_path / "d")
+        (tmp_path / "new").touch()
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode for name in ("d", "new")]
+    assert modes[0] == modes[1] == stat.S_IFREG | 0o666 & ~mask
+
+
 def test_saving_replaces_the_file_that_was_there(tmp_path, monkeypatch):
     """Also by a relative name, in the current folder."""
     monkeypatch.chdir(tmp_path)
