@@ -27,20 +27,23 @@ from losia_pro.integrations.transformers import LosiaCallback, check_carrier
 SCRIPT = Path(__file__).parent / "trainer_fsdp.py"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """After ``accelerate launch`` with its flags for FSDP2."""
-    folder = tmp_path_factory.mktemp("sharded")
+def launch(folder: Path, **variables: str) -> Path:
+    """The folder after ``accelerate launch`` with its flags for FSDP2; on GPUs where there are some to be seen."""
     flags = "--num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
     flags += " --fsdp_cpu_ram_efficient_loading false --fsdp_state_dict_type SHARDED_STATE_DICT"
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables},
         text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("sharded"), CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_peft import train as train_with_peft
 from test_trainer import entries, tiny_llama, train
 from toys import indices
 
@@ -42,6 +41,8 @@ def on_the_whole_batch(folder: Path, n: int, **more: Any) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
+    from test_peft import train as train_with_peft
+
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     ends = {"whole batch": end(*on_the_whole_batch(folder / "whole", 2))}
     ends["not stopped"] = end(*train(folder / "a"))
