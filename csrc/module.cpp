@@ -60,6 +60,12 @@ void adamw(uintptr_t tensors, uintptr_t factors, uintptr_t parts, int64_t n_part
                               pointer<CUstream_st>(stream)));
 }
 
+void lerp(uintptr_t tensors, uintptr_t weight, uintptr_t parts, int64_t n_parts, int device, uintptr_t stream) {
+  use(device);
+  check("lerp", losia::lerp(pointer<const int64_t>(tensors), pointer<const float>(weight),
+                            pointer<const int32_t>(parts), n_parts, pointer<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -67,8 +73,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("TOOLKIT") = CUDART_VERSION;
   m.attr("PART") = losia::PART;
   m.attr("ADAMW_PART") = losia::ADAMW_PART;
+  m.attr("LERP_PART") = losia::LERP_PART;
   m.def("gather_columns", &gather_columns);
   m.def("importance_update", &importance_update);
   m.def("write_back", &write_back);
   m.def("adamw", &adamw);
+  m.def("lerp", &lerp);
 }

@@ -8,6 +8,7 @@ from .adamw import adamw_
 from .gather_columns import gather_columns
 from .importance_update import importance_update_
 from .indexing import INTERPRETED
+from .lerp import lerp_
 from .subnet_grad import subnet_grad
 from .write_back import write_back_
 
@@ -15,6 +16,7 @@ __all__ = [
     "adamw_",
     "gather_columns",
     "importance_update_",
+    "lerp_",
     "subnet_grad",
     "why_not",
     "write_back_",

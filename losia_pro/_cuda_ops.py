@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
-from .tables import adamw_tables, tables
+from .tables import adamw_tables, lerp_tables, tables
 
 try:
     _cuda = import_module("losia_pro._cuda")
@@ -230,6 +230,19 @@ def adamw_(
         -1.0 if maximize else 1.0,
         *_where(params[0].device),
     )
+
+
+def lerp_(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, key: int
+) -> None:
+    """See ``torch_ops.lerp_``; all tensors are contiguous and on one device. One launch.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, and pairs of two sizes.
+        TypeError: a tensor of another dtype than bf16.
+    """
+    made = lerp_tables(tensors, others, weight, key, int(_cuda.LERP_PART))
+    _cuda.lerp(*(t.data_ptr() for t in made), made[-1].shape[0], *_where(tensors[0].device))
 
 
 def _where(device: torch.device) -> tuple[int, int]:

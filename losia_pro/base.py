@@ -71,10 +71,10 @@ class Touched:
         for known, values in zip(self.blocks, self.values, strict=True):  # most often the only one
             if values.numel() == shape[0] * shape[1] and all(map(torch.equal, known, place)):
                 return values.view(shape).to(device)
-        found = self.values[0].new_empty(shape, device=device)
+        found = self.values[-1].new_empty(shape, device=device)
         for k, values in enumerate(self.values):
             (rows, columns), new = self._entries(k, device)
-            block = found.new_empty(new.shape).masked_scatter_(new, values.to(device))
+            block = found.new_empty(new.shape).masked_scatter_(new, values.to(found))
             row, column = (_places(a, b) for a, b in ((rows[:, 0], out_idx), (columns, in_idx)))
             to, at = ((row[i][:, None], column[i]) for i in (1, 0))
             found[to] = torch.where(new[at], block[at], found[to])

@@ -15,6 +15,7 @@ from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, restore, take_places
 from .discover import check_weights, find_targets, subnet_sizes
+from .dispatch import function
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear
@@ -192,11 +193,11 @@ class Losia:
             decay.pull(self, optimizer)
         # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
         for k, (subnets, old, factor) in enumerate(self._before):
-            if self.config.subnet_dtype is None:
+            if subnets[0].dtype != torch.bfloat16:
                 torch._foreach_lerp_(subnets, old, 1 - factor)
             else:
                 key = rounding.key_of(self.config.seed, self.step, k, 1)
-                rounding.lerp_(subnets, old, 1 - factor, key)
+                function("lerp_", subnets[0], None)(subnets, old, 1 - factor, key)
         self._before = []
         # Here and not before the step: a closure's backward comes in between. The dense weights that
         # importance reads are still those of the forward.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import rounding, sharded
+from .dispatch import function
 
 if TYPE_CHECKING:
     from .controller import Losia
@@ -43,17 +44,27 @@ class Anchors:
 
 @torch.no_grad()
 def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
-    """Let every subnet that has a gradient decay once, at its own learning rate."""
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    for k, module in enumerate(losia.modules.values()):
+    """Let every subnet that has a gradient decay once, at its own learning rate; those in bf16 of one device and one
+    of the optimizer's groups together."""
+    group_of = {id(p): k for k, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    short: dict[tuple[torch.device, int], tuple[list[Tensor], list[Tensor]]] = {}
+    decay = losia.config.base_decay
+    for module in losia.modules.values():
         if module.subnet.grad is None:
             continue
-        amount = rates[id(module.subnet)] * losia.config.base_decay
+        group = group_of[id(module.subnet)]
         subnet, base = sharded.local(module.subnet.detach()), losia.anchors.of(module)
-        if isinstance(amount, Tensor):
-            amount = amount.to(subnet.device, torch.promote_types(subnet.dtype, torch.float32))
+        base = base.to(subnet.dtype)
         if subnet.dtype == torch.bfloat16:
-            key = rounding.key_of(losia.config.seed, losia.step, k, 2)
-            rounding.lerp_([subnet], [base], amount, key)
-        else:
-            subnet.lerp_(base.to(subnet.dtype), amount)  # exactly nothing where they are equal
+            subnets, bases = short.setdefault((subnet.device, group), ([], []))
+            subnets.append(subnet)
+            bases.append(base)
+            continue
+        amount = optimizer.param_groups[group]["lr"] * decay
+        if isinstance(amount, Tensor):
+            amount = amount.to(subnet.device, subnet.dtype)
+        subnet.lerp_(base, amount)  # exactly nothing where they are equal
+    for k, ((_, group), (subnets, bases)) in enumerate(short.items()):
+        key = rounding.key_of(losia.config.seed, losia.step, k, 2)
+        amount = optimizer.param_groups[group]["lr"] * decay
+        function("lerp_", subnets[0], None)(subnets, bases, amount, key)

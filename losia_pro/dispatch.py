@@ -29,6 +29,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "importance_update_": ("triton", "cuda", "torch"),
     "write_back_": ("cuda", "triton", "torch"),
     "adamw_": ("triton", "cuda", "torch"),  # no op of torch.ops: an optimizer's step is not traced
+    "lerp_": ("cuda", "triton", "torch"),  # nor is what follows it
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
 SHORT = 2048

@@ -14,8 +14,6 @@ implementations agree: ``kernels/rounding.py`` and ``csrc/rounding.cuh`` compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,12 +73,3 @@ def to_bf16(value: Tensor, random: Tensor) -> Tensor:
     bits = value.view(torch.int32) + (random & 0xFFFF) & -0x10000
     rounded = bits.view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
-
-
-def lerp_(tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float, key: int) -> None:
-    """``t + weight (other - t)`` for each bf16 tensor, in place: computed in fp32, rounded stochastically."""
-    wide, towards = (torch.cat([t.flatten() for t in ts]).float() for ts in (tensors, others))
-    wide.lerp_(towards, weight)
-    rounded = to_bf16(wide, noise(numbers_of(wide), key)).split([t.numel() for t in tensors])
-    for t, values in zip(tensors, rounded, strict=True):
-        t.copy_(values.view(t.shape))

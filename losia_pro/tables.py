@@ -53,9 +53,7 @@ def tables(
     found = _kept.get(key)
     if found is None:
         check()
-        for what, group in (("subnet", subnets), ("out_idx", out_idx), ("in_idx", in_idx)):
-            if strided := [t.stride() for t in group if not t.is_contiguous()]:
-                raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
+        _check_contiguous(subnet=subnets, out_idx=out_idx, in_idx=in_idx)
         pairs: dict[Any, list[int]] = {}
         first = [0]
         for k, (w, s) in enumerate(zip(weights, subnets, strict=True)):
@@ -112,10 +110,9 @@ def adamw_tables(
     Raises:
         ValueError: a tensor that is not contiguous.
     """
-    names = "parameter", "gradient", "exp_avg", "exp_avg_sq"
-    for what, kind in zip(names, tensors, strict=True):
-        if strided := [t.stride() for t in kind if not t.is_contiguous()]:
-            raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
+    _check_contiguous(
+        parameter=tensors[0], gradient=tensors[1], exp_avg=tensors[2], exp_avg_sq=tensors[3]
+    )
     device = tensors[0][0].device
     rows = [
         [*(t.data_ptr() for t in four), four[0].numel(), key]
@@ -125,12 +122,56 @@ def adamw_tables(
     return (
         torch.tensor(rows).to(device, non_blocking=True),
         torch.tensor(factors, dtype=torch.float32).to(device, non_blocking=True),
-        _adamw_parts(tuple(p.numel() for p in tensors[0]), part, device),
+        _parts(tuple(p.numel() for p in tensors[0]), part, device),
     )
 
 
+def lerp_tables(
+    tensors: Sequence[Tensor],
+    others: Sequence[Tensor],
+    weight: float | Tensor,
+    key: int,
+    part: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one launch of an interpolation needs, for parts of ``part`` entries of bf16 tensors on one device, made
+    anew and sent without a wait, as AdamW's:
+
+    - a row of five int64 for each tensor: its address, the other's, its entries, those of the tensors before it, the
+      key of all;
+    - ``weight`` in fp32;
+    - who does which part: two int32 each, a tensor, and which block of it.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, and pairs of two sizes.
+        TypeError: a tensor of another dtype than bf16.
+    """
+    _check_contiguous(tensor=tensors, other=others)
+    rows, first = [], 0
+    for t, other in zip(tensors, others, strict=True):
+        if t.shape != other.shape:
+            raise ValueError(
+                f"other must be {tuple(t.shape)} as its tensor is, got {tuple(other.shape)}"
+            )
+        if (t.dtype, other.dtype) != (torch.bfloat16, torch.bfloat16):
+            raise TypeError(f"both tensors must be in bf16, got {t.dtype} and {other.dtype}")
+        rows.append([t.data_ptr(), other.data_ptr(), t.numel(), first, key])
+        first += t.numel()
+    device = tensors[0].device
+    return (
+        torch.tensor(rows).to(device, non_blocking=True),
+        torch.as_tensor(weight, dtype=torch.float32).to(device, non_blocking=True),
+        _parts(tuple(t.numel() for t in tensors), part, device),
+    )
+
+
+def _check_contiguous(**kinds: Sequence[Tensor]) -> None:
+    for what, kind in kinds.items():
+        if strided := [t.stride() for t in kind if not t.is_contiguous()]:
+            raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
+
+
 @functools.lru_cache(maxsize=KEPT)
-def _adamw_parts(sizes: tuple[int, ...], part: int, device: torch.device) -> Tensor:
+def _parts(sizes: tuple[int, ...], part: int, device: torch.device) -> Tensor:
     counts = torch.tensor([-(-n // part) for n in sizes])
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     block = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]

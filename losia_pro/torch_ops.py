@@ -118,6 +118,26 @@ def adamw_(
             short[k].copy_(rounding.to_bf16(value[0], bits))
 
 
+def lerp_(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, key: int
+) -> None:
+    """``t + weight (other - t)`` for each bf16 tensor, in place: computed in fp32, rounded stochastically.
+
+    From a ``weight`` of 1/2 on it is computed as ``other + (weight - 1) (other - t)``, so that both ends are exact;
+    the product is rounded before the sum. ``weight`` is a number, or a tensor of one, which is read where it is.
+    ``others`` are in bf16 too, of the same shapes. By ``key``, each entry has random bits of its own: those of all
+    tensors are numbered one after the other.
+    """
+    first = 0
+    for t, other in zip(tensors, others, strict=True):
+        near, far = t.float(), other.float()
+        w = torch.as_tensor(weight, dtype=torch.float32).to(t.device, non_blocking=True)
+        small = w.abs() < 0.5
+        value = torch.where(small, near, far) + (far - near) * torch.where(small, w, w - 1)
+        t.copy_(rounding.to_bf16(value, rounding.noise(rounding.numbers_of(t, first), key)))
+        first += t.numel()
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a^T b`` accumulated and returned in ``dtype`` or better, never rounded to less on the way
     (not by an autocast region around the backward either)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lerps
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
@@ -254,6 +255,14 @@ def test_adamw_refuses_strides_by_name():
     p = torch.zeros(4, 6).bfloat16()
     with pytest.raises(ValueError, match="exp_avg_sq must be contiguous"):
         launch.adamw_([p], [p], [p], [p.T], [1], [1], maximize=False, **CONSTANTS)
+
+
+def test_lerp_has_the_bits_of_pytorch():
+    lerps.compare(launch.lerp_, "cpu", tiny=1e-37)  # the interpreter takes bf16 below 2^-126 for 0
+
+
+def test_lerp_refuses_what_it_would_read_wrongly():
+    lerps.refuses(launch.lerp_, "cpu")
 
 
 def test_the_interpreter_counts_as_a_device():

@@ -35,7 +35,12 @@ def test_every_operation_is_timed_against_plain_pytorch_and_least_traffic(tmp_pa
     for op in ("gather_columns", "subnet_grad", "write_back_"):
         more = {"single, stochastic"} if op == "write_back_" else set()
         assert {selection for o, selection in found if o == op} == every | more
-    assert {("importance_update_", "whole"), ("adamw_", "single"), ("host", "eager")} <= found
+    assert {
+        ("importance_update_", "whole"),
+        ("adamw_", "single"),
+        ("lerp_", "single"),
+        ("host", "eager"),
+    } <= found
     for row in record["rows"]:
         names = {"F.linear", "SubnetLinear"} if row["op"] == "host" else {"library", "default"}
         names -= {"library"} if row["selection"] == "single, stochastic" else set()
@@ -97,6 +102,11 @@ def stepped_but_one(params, grads, exp_avgs, exp_avg_sqs, *rest, **constants):
     torch_ops.adamw_(params, grads, exp_avgs, forgotten, *rest, **constants)
 
 
+def rounded_to_nearest(tensors, others, weight, key):
+    for t, other in zip(tensors, others, strict=True):
+        t.copy_(t.float().lerp_(other.float(), weight))
+
+
 BROKEN = {
     "neighbours": ("gather_columns", lambda x, idx, *_: x[:, (idx + 1) % x.shape[1]]),
     "zeros": ("subnet_grad", lambda dy, x_sub, idx, *_: torch.zeros(len(idx), x_sub.shape[1])),
@@ -104,6 +114,7 @@ BROKEN = {
     "other values": ("write_back_", shifted),
     "other entries too": ("write_back_", spilled),
     "a moment left behind": ("adamw_", stepped_but_one),
+    "to nearest": ("lerp_", rounded_to_nearest),
     "no importance": ("importance_update_", half_updated(0)),
     "no uncertainty": ("importance_update_", half_updated(1)),
 }
@@ -199,6 +210,7 @@ def test_a_gather_moves_whole_sectors():
     assert grad == Traffic(10 * (96 + 6) + 4 * 3 * 4 + 32, 2 * 10 * 4 * 3)
     importance = traffic.importance_update(10, out=4, into=3, element=2, score=4)
     assert importance == Traffic(10 * 7 * 2 + 12 * (2 + 16), 2 * 10 * 4 * 3)
+    assert traffic.adamw(10) == Traffic(140, 0) and traffic.lerp(10) == Traffic(60, 0)
     assert traffic.write_back(row=96, n_out=4, n_in=3, subnet=4) == Traffic(4 * (12 + 96) + 56, 0)
 
 

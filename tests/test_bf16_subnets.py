@@ -14,7 +14,7 @@ from runs import STEPS, Run
 from torch import nn
 
 import losia_pro
-from losia_pro import LosiaConfig, optim, rounding
+from losia_pro import LosiaConfig, optim, rounding, torch_ops
 
 BF16 = torch.bfloat16
 CONFIG = LosiaConfig(
@@ -104,10 +104,40 @@ def test_interpolation_is_exact_on_the_mean_and_at_rest(factor):
     n = 2**18
     new = [torch.full((n,), 1 + 2**-7, dtype=BF16), torch.full((4, 4), -3.0, dtype=BF16)]
     old = [torch.ones(n, dtype=BF16), torch.full((4, 4), -3.0, dtype=BF16)]
-    rounding.lerp_(new, old, 1 - factor, rounding.key_of(1))
+    torch_ops.lerp_(new, old, 1 - factor, rounding.key_of(1))
     off = abs(float(new[0].double().mean()) - (1 + factor * 2**-7))
     assert off <= 2**-7 * math.sqrt(ONE_IN_A_BILLION / (2 * n)) + 2**-24 < 0.02 * 2**-7 / 2
     assert bool((new[1] == -3).all())
+
+
+def test_interpolation_gives_each_entry_of_each_tensor_bits_of_its_own():
+    new = [torch.full((3, 1000), 1 + 2**-7, dtype=BF16) for _ in range(2)]
+    old = [torch.ones_like(t) for t in new]
+    torch_ops.lerp_(new, old, 0.5, rounding.key_of(1))
+    rows = torch.cat(new).double()
+    apart = torch.corrcoef(rows) - torch.eye(6)
+    assert float(apart.abs().max()) <= 6 / math.sqrt(1000)
+
+
+def test_interpolation_is_exact_at_both_ends():
+    new = torch.randn(1000).to(BF16)
+    old = new * 2**-12 + 1
+    for weight, end in ((0.0, new), (1.0, old)):
+        t = new.clone()
+        torch_ops.lerp_([t], [old], weight, rounding.key_of(1))
+        assert torch.equal(t, end)
+
+
+def test_a_model_that_is_cast_is_rewarmed_in_its_own_dtype():
+    trained = run().bind()
+    trained.model.to(torch.float32)
+    trained.data = [(x.float(), target) for x, target in trained.data]
+    trained.go(0, 5)  # after the first move
+    moved = {n for r in trained.losia.history for n in (r.name,)}
+    assert moved
+    for name in moved:
+        subnet = trained.losia.modules[name].subnet.detach()
+        assert subnet.dtype == torch.float32 and not torch.equal(subnet, subnet.to(BF16).float())
 
 
 def test_training_comes_as_far_as_with_fp32_subnets():

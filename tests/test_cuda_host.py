@@ -7,6 +7,7 @@ import importlib
 import sys
 import types
 
+import lerps
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
@@ -26,6 +27,7 @@ class Kernels(types.ModuleType):
     ARCHS = "75-real,80-real,86-real,90-real,120"
     PART = 32
     ADAMW_PART = 64
+    LERP_PART = 256
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __init__(self) -> None:
@@ -111,6 +113,19 @@ class Kernels(types.ModuleType):
             short[0].copy_(rounding.to_bf16(p, random))
             short[2].copy_(rounding.to_bf16(m, random >> 16))
             short[3].copy_(rounding.to_bf16(v, rounding.mix(random)))
+
+    def lerp(self, tensors, weight, parts, n_parts, device, stream):
+        assert (device, stream) == (0, 7)
+        (w,) = memory(weight, 1, torch.float32)
+        for which, block in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
+            row = memory(tensors + 40 * which, 5, torch.int64).tolist()
+            *addresses, numel, before, key = row
+            part = slice(block * self.LERP_PART, (block + 1) * self.LERP_PART)
+            t, other = (memory(a, numel, torch.bfloat16)[part] for a in addresses)
+            start, c = (t, w) if w < 0.5 else (other, w - 1)
+            value = start.float() + (other.float() - t.float()) * c
+            random = rounding.noise(rounding.numbers_of(value, before + part.start), key)
+            t.copy_(rounding.to_bf16(value, random))
 
 
 @pytest.fixture
@@ -235,6 +250,14 @@ def test_adamw_refuses_strides_by_name(cuda_ops):
     t = torch.zeros(4, 6).bfloat16()
     with pytest.raises(ValueError, match="exp_avg must be contiguous"):
         cuda_ops.adamw_([t], [t], [t.T], [t], [1], [1], maximize=False, **CONSTANTS)
+
+
+def test_lerp_has_the_bits_of_pytorch(cuda_ops):
+    lerps.compare(cuda_ops.lerp_, "cpu")
+
+
+def test_lerp_refuses_what_it_would_read_wrongly(cuda_ops):
+    lerps.refuses(cuda_ops.lerp_, "cpu")
 
 
 def test_nothing_to_sum_gives_zeros_and_no_launch(cuda_ops):

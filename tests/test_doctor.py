@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from losia_pro import dispatch, ops
+from losia_pro import dispatch
 from losia_pro.cli import doctor, main
 
 
@@ -57,7 +57,7 @@ def words(line: str) -> list[str]:
 def test_every_operation_on_the_cpu_uses_torch_and_says_why_not_the_others(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for op in ops.OPS:
+    for op in dispatch.PREFERENCE:
         (line,) = (words(line) for line in lines if line.startswith(op))
         assert line[:3] == [op, "torch", "triton"] and len(line) > 4
     assert any(words(line)[:2] == ["torch", torch.__version__] for line in lines)
@@ -67,7 +67,7 @@ def test_json_holds_the_same_facts(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"] == torch.__version__
-    for op in ops.OPS:
+    for op in dispatch.PREFERENCE:
         choice = facts["operations"]["cpu"][op]
         assert choice["uses"] == dispatch.resolve(op, "cpu")
         assert [i["name"] for i in choice["implementations"]] == list(dispatch.IMPLS)

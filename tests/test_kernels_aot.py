@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from losia_pro.kernels import adamw  # noqa: E402
+from losia_pro.kernels import adamw, lerp  # noqa: E402
 from losia_pro.kernels import gather_columns as gather  # noqa: E402
 from losia_pro.kernels import importance_update as importance  # noqa: E402
 from losia_pro.kernels import subnet_grad as grad  # noqa: E402
@@ -158,3 +158,12 @@ def test_adamw_compiles(arch):
     types |= dict.fromkeys(("keep", "rest1", "beta2", "rest2", "eps", "sign"), "fp32")
     values = {"BLOCK": adamw.BLOCK}
     assert compile_for(arch, adamw.adamw_kernel, types, values, num_warps=4).asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lerp_compiles_and_rounds_the_product_before_the_sum(arch):
+    """As PyTorch does, or their bits would differ."""
+    types = {"tensors_ptr": "*i64", "weight_ptr": "*fp32", "parts_ptr": "*i32", "like": "*bf16"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    binary = compile_for(arch, lerp.lerp_kernel, types, {"BLOCK": lerp.BLOCK}, **options)
+    assert binary.asm["cubin"] and "mul" in binary.asm["ptx"] and "fma.rn" not in binary.asm["ptx"]

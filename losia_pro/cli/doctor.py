@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from losia_pro import __version__, dispatch, ops
+from losia_pro import __version__, dispatch
 
 from .errors import CliError
 
@@ -48,7 +48,9 @@ def examine() -> dict[str, Any]:
         "compiled_module": _compiled_module(),
         "LOSIA_IMPL": dispatch.IMPL,
         "launch_shapes": {d: found for d in devices if (found := _launch_shapes(d))},
-        "operations": {device: {op: _choice(op, device) for op in ops.OPS} for device in devices},
+        "operations": {
+            device: {op: _choice(op, device) for op in dispatch.PREFERENCE} for device in devices
+        },
     }
 
 

@@ -66,6 +66,9 @@ def main(impl: str) -> None:
     ]
     constants = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.1}
     adamw(*kinds, [1, 2, 3, 4], [5, 6, 7, 8], maximize=False, **constants)
+    lerp = dispatch.function("lerp_", torch.zeros(1, device=DEVICE), impl)
+    for weight in (0.1, torch.full((), 0.9, device=DEVICE)):
+        lerp(*kinds[:2], weight, 5)
     torch.cuda.synchronize()
     print(f"{impl}: every kernel ran")
 

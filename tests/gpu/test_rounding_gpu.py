@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import lerps
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
 from ops_tools import choose, randn, usable
 from torch import nn
 
-from losia_pro import dispatch, optim
+from losia_pro import dispatch, optim, torch_ops
 
 
 @pytest.mark.parametrize("seed", [0, -3, 2**63 - 1])
@@ -74,6 +75,60 @@ def test_adamw_takes_tensors_that_begin_anywhere(impl):
         adamw(*kinds, [3], [2**62 + 5], maximize=False, **CONSTANTS)
     for (view,), (copy,) in zip(views, copies, strict=True):
         assert torch.equal(view, copy)
+
+
+def test_lerp_has_the_bits_of_the_cpu(impl):
+    """Of tensors that begin anywhere, and with a weight that is on the device or not."""
+    usable("lerp_", impl)
+    like = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    lerp = dispatch.function("lerp_", like, impl)
+    lerps.compare(lerp, "cuda")
+    big, other = (
+        torch.randn(2**22).bfloat16() for _ in range(2)
+    )  # a product not rounded shows in 2^-15
+    mine = big.cuda()
+    lerp([mine], [other.cuda()], 0.3, 2**62)
+    torch_ops.lerp_([big], [other], 0.3, 2**62)
+    assert torch.equal(mine.cpu(), big)
+
+
+def test_lerp_waits_for_nothing_and_a_new_weight_compiles_nothing_anew(impl):
+    usable("lerp_", impl)
+    lerp = dispatch.function("lerp_", torch.zeros(1, device="cuda", dtype=torch.bfloat16), impl)
+    tensors, others = lerps.operands("cuda")
+    weights = [0.1, torch.tensor(0.2, device="cuda"), 0.3]
+    lerp(tensors, others, 0.1, 2**62)
+    compiled = compiled_lerps() if impl == "triton" else 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for k, weight in enumerate(weights):
+            lerp(tensors, others, weight, 2**62 + k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if impl == "triton":
+        assert compiled_lerps() == compiled
+
+
+def compiled_lerps() -> int:
+    from losia_pro.kernels.lerp import lerp_kernel
+
+    return sum(len(c[0]) for c in lerp_kernel.device_caches.values())
+
+
+def test_lerp_of_more_entries_than_32_bits_count(impl):
+    """Numbers are taken modulo 2^32, by every implementation."""
+    usable("lerp_", impl)
+    if impl == "torch":
+        pytest.skip("takes 70 GiB; test_rounding.py has its numbers")
+    lerp = dispatch.function("lerp_", torch.zeros(1, device="cuda", dtype=torch.bfloat16), impl)
+    one, two = (
+        torch.zeros(2**31 + 5000, device="cuda", dtype=torch.bfloat16),
+        randn(4099).bfloat16(),
+    )
+    other, mine = torch.randn_like(two), [two.clone(), two.clone()]
+    lerp([one, one, mine[0]], [one, one, other], 0.3, 2**62 + 5)
+    lerp([one[:10000], mine[1]], [one[:10000], other], 0.3, 2**62 + 5)  # 2 (2^31 + 5000) - 2^32
+    assert torch.equal(*mine) and not torch.equal(mine[0], two) and not bool(one.any())
 
 
 def test_adamw_steps_resume_and_move_nothing_to_the_host(monkeypatch):

@@ -4,8 +4,8 @@ Every usable implementation and the default choice, at the linears of the named 
 tokens, for four selections: single neurons, aligned groups of 8 and of 16 (an eighth of the inputs and of the
 outputs), and a 64th of the inputs with all outputs. Each result is checked against an fp64 truth first; one that
 errs more than twice as much as PyTorch's own is reported as wrong, and not timed. GPU times are CUDA graph
-replays over input sets larger than the L2 cache, all candidates taking turns; write-back and AdamW are
-timed as they are called.
+replays over input sets larger than the L2 cache, all candidates taking turns; write-back, AdamW and the
+interpolation of bf16 subnets are timed as they are called.
 
 Columns: least, the larger of bytes over the copy bandwidth and flops over the matrix-product rate, both
 measured first; library, plain PyTorch; default, what impl=None takes; then ratios of the default's time.
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from losia_pro import dispatch, ops
+from losia_pro import dispatch
 
 from ..errors import CliError
 from ..memory import free_bytes, is_out_of_memory
 from ..values import count, names, positive
 from . import device as devices
-from . import host, operations
+from . import host, model_operations, operations
 from . import kernel_tables as tables
 from .points import LIBRARY, Point, Setting
 from .record import Record, finish
@@ -34,14 +34,14 @@ from .record import add_arguments as add_common_arguments
 from .shapes import MODELS, SELECTIONS, unique_linears
 from .timing import first_line, interleaved, n_calls, synchronize
 
-OPS = (*ops.OPS, "adamw_", "host")
+OPS = (*dispatch.PREFERENCE, "host")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_CALLS = 10  # a sample on a CPU
 POINT_S = {"cuda": 0.7, "cpu": 0.4}  # about what a point takes; for the estimate alone
 NOT_SHOWN = [
     "Data and selections are random; a trained model's chosen neurons may lie closer together.",
     "On a GPU inputs come from memory; in a training step they may still be in the cache. On a CPU they may.",
-    "Graph replays leave out the host's launch cost; write-back, AdamW and the host rows include it.",
+    "Graph replays leave out the host's launch cost; write-back, AdamW, interpolation and the host rows include it.",
     "The copy bandwidth counts reads and writes; an operation that mostly reads can be faster than it.",
     "The library figure of importance_update_ is the dense product alone, not the update.",
     "One device; how an operation shares it with others that run at the same time is not measured.",
@@ -132,7 +132,7 @@ def _plan(args: argparse.Namespace, cuda: bool) -> Iterator[Block]:
     """What is measured, the quick ones and the first number of tokens first."""
     if "host" in args.ops:
         yield Block("host", "eager", [(0, 0)])
-    for op in operations.MODEL_POINTS:
+    for op in model_operations.POINTS:
         if op in args.ops:
             yield from (Block(op, model, [(0, 0)]) for model in args.models)
     linears = unique_linears(args.models)
@@ -150,9 +150,9 @@ def _measure(s: Setting, block: Block, shape: tuple[int, int]) -> list[dict[str,
     try:
         if block.op == "host":
             return [host.measure(block.what, s.device, s.dtype)]
-        if block.op in operations.MODEL_POINTS:
+        if block.op in model_operations.POINTS:
             layers = _layers_that_fit(s, block.what)
-            return timed(s, operations.MODEL_POINTS[block.op](s, block.what, layers))
+            return timed(s, model_operations.POINTS[block.op](s, block.what, layers))
         return timed(s, operations.POINTS[block.op](s, *shape, block.what))
     except Exception as error:  # noqa: BLE001 - the points after this one are still worth measuring
         key = {"op": block.op, "selection": "all", "in": shape[0], "out": shape[1]}

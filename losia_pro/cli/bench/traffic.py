@@ -71,6 +71,11 @@ def adamw(entries: int) -> Traffic:
     return Traffic(14 * entries, 0)
 
 
+def lerp(entries: int) -> Traffic:
+    """Two bf16 tensors read, one written."""
+    return Traffic(6 * entries, 0)
+
+
 def dense_gradient(tokens: int, out: int, into: int, element: int) -> Traffic:
     """``dy^T x`` alone, in the operands' dtype."""
     return Traffic((tokens * (out + into) + out * into) * element, 2 * tokens * out * into)
