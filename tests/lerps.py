@@ -16,7 +16,8 @@ WEIGHTS = [0.0, 2**-12, 0.3, 0.5, 0.98, 1.0, torch.tensor(0.1), torch.tensor([0.
 
 
 def operands(device: str, tiny: float = 1e-40) -> tuple[list[Tensor], list[Tensor]]:
-    """Some pairs, equal ones, far ones and numbers that are none among them; the last begins at an odd entry."""
+    """Some pairs, equal ones, far ones and numbers that are none among them; the last lies within a
+    longer one, and begins at an odd entry."""
     tensors, others = ([torch.randn(s).bfloat16() for s in SHAPES] for _ in range(2))
     others[0][:32] = tensors[0][:32]
     others[4] *= 2**-20
@@ -25,8 +26,14 @@ def operands(device: str, tiny: float = 1e-40) -> tuple[list[Tensor], list[Tenso
     others[-1][0, : len(bad)] = bad
     both = [[t.to(device) for t in kind] for kind in (tensors, others)]
     for kind in both:
-        kind[-1] = torch.cat([kind[-1].flatten(), kind[-1][0, :1]])[1:]
+        kind[-1] = torch.cat([kind[-1].flatten(), kind[-1][0, -2:]])[1:-1]
     return both[0], both[1]
+
+
+def whole(view: Tensor) -> Tensor:
+    base = view._base
+    assert base is not None
+    return base
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -42,11 +49,13 @@ def compare(lerp: Callable[..., Any], device: str, tiny: float = 1e-40) -> None:
     for k, weight in enumerate(WEIGHTS):
         ours, others = operands(device, tiny)
         theirs, read = ([t.cpu().clone() for t in kind] for kind in (ours, others))
+        around = whole(ours[-1])[[0, -1]]
         kept = [t.clone() for t in others]
         key = rounding.key_of(k)
         on_device = weight.to(device) if isinstance(weight, Tensor) and k % 2 else weight
         lerp(ours, others, on_device, key)
         torch_ops.lerp_(theirs, read, weight, key)
+        assert torch.equal(whole(ours[-1])[[0, -1]], around)
         assert all(map(same, ours, theirs)) and all(map(same, others, kept))
 
 

@@ -27,7 +27,7 @@ class Kernels(types.ModuleType):
     ARCHS = "75-real,80-real,86-real,90-real,120"
     PART = 32
     ADAMW_PART = 64
-    LERP_PART = 256
+    LERP_PART = 48
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __init__(self) -> None:
