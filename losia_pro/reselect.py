@@ -68,9 +68,7 @@ def reselect(losia: Losia, group: int, lost: Mapping[str, float] | None = None) 
             losia.history.append(Reselection(losia.step, group, name, *move, share))
             if moves is None:  # no gradient came: nothing speaks for another place
                 continue
-            module = losia.modules[name]
-            module.touched.add(module.weight, module.out_idx, module.in_idx)
             if losia._optimizer is not None:
-                forget(losia._optimizer, module.subnet)
+                forget(losia._optimizer, losia.modules[name].subnet)
     if losia._ranks:
         losia._ranks.check_moved(losia.group_modules(group), losia.step)

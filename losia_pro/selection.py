@@ -36,6 +36,8 @@ def select_together(
         m._guard.selected()
         sharded.assign_(m.subnet, torch.where(stays, exact, m._block()))
         m.mark_written()
+        if m.touched.blocks:  # it is of a model that is attached
+            m.touched.add(m.weight, m.out_idx, m.in_idx)
 
 
 def random_neurons(
