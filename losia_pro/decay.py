@@ -37,8 +37,11 @@ class Anchors:
         kept = self._kept.get(module)
         if kept is None or kept[0] != state:
             values = module.touched.values_at(module.out_idx, module.in_idx)
-            values = values[sharded.rows(module.subnet)].to(mine.device)
-            kept = self._kept[module] = state, values
+            if sharded.is_sharded(
+                module.subnet
+            ):  # a copy, which does not hold on to the others' rows
+                values = values[sharded.rows(module.subnet)].clone()
+            kept = self._kept[module] = state, values.to(mine.device)
         return kept[1]
 
 

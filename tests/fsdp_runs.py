@@ -180,9 +180,11 @@ def held() -> dict[str, list[int]]:
         "subnets": [m.subnet for m in modules],
         "moments": [run.optimizer.state[m.subnet]["momentum_buffer"] for m in modules],
     }
-    return {
+    base = [run.losia.anchors.of(m).untyped_storage() for m in modules]
+    sizes = {
         k: [local(t).numel() for t in ts] + [t.numel() for t in ts] for k, ts in tensors.items()
     }
+    return sizes | {"base": [t.nbytes() // 8 for t in base] + [m.subnet.numel() for m in modules]}
 
 
 def whole_ones() -> list[str]:

@@ -116,12 +116,12 @@ def test_gradients_travel_at_the_subnets_size(ranks):
         assert profiling["allreduce_"] == profiled * 8
 
 
-def test_each_rank_holds_its_part_of_importance_subnets_and_moments(ranks):
+def test_each_rank_holds_its_part_of_importance_subnets_moments_and_base(ranks):
     for rank in ranks:
         for what, sizes in rank["held"].items():
             own, all_of_it = sum(sizes[: len(sizes) // 2]), sum(sizes[len(sizes) // 2 :])
             assert own < all_of_it, what
-    for what in ("importance", "subnets", "moments"):
+    for what in ("importance", "subnets", "moments", "base"):
         parts = [r["held"][what] for r in ranks]
         half = len(parts[0]) // 2
         assert sum(sum(p[:half]) for p in parts) == sum(parts[0][half:])
