@@ -13,6 +13,7 @@ from . import sharded
 
 if TYPE_CHECKING:
     from .controller import Losia
+    from .linear import SubnetLinear
 
 Block = tuple[Tensor, Tensor]
 
@@ -107,6 +108,19 @@ class Touched:
 def _places(of: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """Where in ``of``, and where in ``among``, the numbers are that both have; both are sorted."""
     return torch.isin(of, among).nonzero()[:, 0], torch.isin(among, of).nonzero()[:, 0]
+
+
+@torch.no_grad()
+def holds(module: SubnetLinear) -> bool:
+    """Whether a linear has been touched where its subnet is alone, and has the base's values there; collective."""
+    touched, bias = module.touched, module.bias
+    if len(touched.blocks) > 1:
+        return False
+    now = sharded.read(module.weight, (module.out_idx[:, None], module.in_idx))
+    same = torch.equal(now, touched.values_at(module.out_idx, module.in_idx).to(now.device))
+    if touched.bias is not None and bias is not None:
+        same &= torch.equal(sharded.whole(bias).cpu(), touched.bias)
+    return same
 
 
 def record(losia: Losia, names: Iterable[str]) -> None:

@@ -36,8 +36,7 @@ def calibrate(
     if losia._ranks:
         losia._ranks.check_start(losia, "at calibrate()", len(batches))
     loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
-    # A delta that was loaded has touched other places than the first.
-    untouched = [n for n, m in losia.modules.items() if len(m.touched.blocks) == 1]
+    untouched = [n for n, m in losia.modules.items() if base.holds(m)]  # no delta was loaded there
     n_groups = len(losia.groups)
     at_once = groups_at_once or n_groups
     try:
