@@ -118,7 +118,7 @@ class LosiaConfig:
     def paper(
         cls, task: Literal["instruction", "commonsense"] = "instruction", **changes: Any
     ) -> LosiaConfig:
-        """The published settings: ``p = 1/8``, ``b1 = b2 = 0.85``, the rest by the kind of task.
+        """The published settings: ``p = 1/8``, ``b1 = b2 = 0.85``, ``base_decay = 0``, the rest by the kind of task.
 
         - "instruction" (batch 4, length 2048): ``T = 150``, ``p_o = 1/8``;
         - "commonsense" (batch 16, length 256): ``T = 50``, and the output head in full, ``p_o = 1``.

@@ -122,13 +122,13 @@ class Losia:
 
         Raises:
             TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: LBFGS; subnets missing from the optimizer, or in bf16 and rounded to nearest by it;
-                ``init="calibrate"`` not done yet.
+            ValueError: LBFGS; subnets missing from the optimizer, or in bf16 and rounded to nearest by it; one without
+                learning rates, with ``base_decay``; ``init="calibrate"`` not done yet.
             RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step.
         """
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         optimizer = innermost(optimizer)
-        check_optimizer(optimizer, self._subnets())
+        check_optimizer(optimizer, self._subnets(), self.config.base_decay)
         if not self._calibrated:
             raise ValueError(
                 'config.init is "calibrate": call losia.calibrate(batches) before bind()'
@@ -238,7 +238,7 @@ class Losia:
         The base's values of all that may have been changed, biases too, are put in place, and after it the
         tuned ones, bit for bit both ways; a graph from before the block is good again after it. Kept for this,
         on the CPU: each entry that was ever in a subnet, once, in the weight's dtype, and 8 bytes a row and a
-        column of each place; 1/64 of the adapted weights at ``p = 1/8`` until a subnet moves.
+        column of each place; 1/16 of the adapted weights by default, until a subnet moves.
 
         Raises, within the block:
             RuntimeError: a forward that would train, an optimizer's step, saving, loading or ``detach``.

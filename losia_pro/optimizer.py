@@ -27,12 +27,15 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
+def check_optimizer(
+    optimizer: object, subnets: Mapping[str, Tensor], base_decay: float = 0.0
+) -> None:
     """Refuse an optimizer that ``Losia.bind`` cannot hook into, or that would leave a subnet out.
 
     Raises:
         TypeError: not a ``torch.optim.Optimizer``.
-        ValueError: LBFGS; subnets missing from the optimizer; subnets in bf16 that it rounds to nearest.
+        ValueError: LBFGS; subnets missing from the optimizer; subnets in bf16 that it rounds to nearest; no learning
+            rate to decay by.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -59,13 +62,20 @@ def check_optimizer(optimizer: object, subnets: Mapping[str, Tensor]) -> None:
             "which loses small updates; use losia_pro.optim.AdamW, an optimizer of torchao with "
             "bf16_stochastic_round=True, or leave subnet_dtype out"
         )
+    if base_decay and any(g.get("lr") is None for g in optimizer.param_groups):
+        raise ValueError(
+            f"base_decay={base_decay:g} is per learning rate, and {type(optimizer).__name__} was given none; give it "
+            "an lr (and transformers' Adafactor relative_step=False), or set base_decay=0"
+        )
 
 
 def is_rehearsal(optimizer: torch.optim.Optimizer, on_any_rank: Callable[[bool], bool]) -> bool:
     """Whether a step is none: without learning rates and gradients, ``torch.distributed.checkpoint`` makes one
     to let an optimizer create its state."""
-    rates = [g.get("lr", 1.0) for g in optimizer.param_groups]
-    if any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates):
+    rates = [g.get("lr") for g in optimizer.param_groups]
+    if any(
+        r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or float(r) for r in rates
+    ):
         return False
     grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
     return not on_any_rank(any(bool(local(g).any()) for g in grads if g is not None))

@@ -211,6 +211,33 @@ def test_a_learning_rate_in_a_tensor_gives_bf16_subnets_the_same_bits():
     toys.equal_bits(*ends)
 
 
+def test_a_subnet_that_the_loop_moves_decays_to_the_base_where_it_is():
+    base = toys.stack(torch.float64)
+    model = copy.deepcopy(base)
+    config = LosiaConfig(rank_factor=1 / 4, base_decay=DECAY)
+    losia = losia_pro.attach(model, config)
+    optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
+    losia.bind(optimizer)
+    for batch in toys.batches(3, dtype=torch.float64):
+        list(toys.train(model, optimizer, [batch]))
+        for m in losia.modules.values():
+            out_idx, in_idx = (m.out_idx + 1) % m.out_features, (m.in_idx + 1) % m.in_features
+            m.select(out_idx, in_idx)
+            with torch.no_grad():
+                m.subnet.add_(1)
+            m.subnet.grad = torch.zeros_like(m.subnet)
+        losia.write_back()
+        before = toys.weights(losia)
+        optimizer.step()
+        for name, m in losia.modules.items():
+            at, was = (m.out_idx[:, None], m.in_idx), base.get_submodule(name).weight.detach()
+            want = before[name].clone()
+            want[at] -= 0.1 * DECAY * (want[at] - was[at])
+            torch.testing.assert_close(m.weight.detach(), want, rtol=1e-12, atol=1e-15)
+    with losia.base():
+        toys.equal_bits(model.state_dict(), base.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_learning_rate_in_a_tensor_is_read_where_it_is(dtype):
     ends = []
@@ -223,3 +250,29 @@ def test_a_learning_rate_in_a_tensor_is_read_where_it_is(dtype):
         ends.append(model.state_dict())
     for a, b in zip(*(end.values() for end in ends), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Rateless(torch.optim.Optimizer):
+    """It finds its own rate, as transformers' Adafactor can."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": None})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.add_(p.grad, alpha=-0.1)
+
+
+def test_an_optimizer_without_a_learning_rate_trains_without_decay_alone():
+    def bound(kind, decay, **rate):
+        losia = losia_pro.attach(toys.stack(), LosiaConfig(rank_factor=1 / 4, base_decay=decay))
+        optimizer = kind(losia.parameters(), **rate)
+        losia.bind(optimizer)
+        return losia.model, list(toys.train(losia.model, optimizer, toys.batches(3)))
+
+    with pytest.raises(ValueError, match="base_decay=0.5 is per learning rate, and Rateless was"):
+        bound(Rateless, DECAY)
+    (found, losses), (same, wanted) = bound(Rateless, 0.0), bound(torch.optim.SGD, 0.0, lr=0.1)
+    assert losses == wanted
+    toys.equal_bits(found.state_dict(), same.state_dict())
