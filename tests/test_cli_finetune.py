@@ -256,6 +256,7 @@ def test_lora_leaves_an_adapter_and_chat_has_no_exact_match(base, tmp_path, caps
 def test_neurons_are_chosen_in_groups_and_inputs_shared_if_asked_to(base, tmp_path):
     flags = ("--neuron-group", 4, "--share-inputs", "--period", "none")
     assert finetune(*base, *FLAGS, *flags, "--output", tmp_path / "run") == 0
+    assert not (tmp_path / "run" / "subnets.png").exists()  # none moved
     delta = load_file(tmp_path / "run" / "delta.safetensors")
     indices = {name: t for name, t in delta.items() if "_idx." in name}
     assert len(indices) == 2 * 7 * 2  # of seven linears in two layers

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from losia_pro.cli import plots, report
+from losia_pro.cli import report
 from losia_pro.cli.encode import Encoded
 from losia_pro.cli.progress import training_progress
 
@@ -89,9 +89,3 @@ def test_the_files_that_are_there_are_explained(tmp_path):
     assert head == f"In {tmp_path}:"
     assert [line.split()[0] for line in lines] == ["merged/", "loss.png", "run.json"]
     assert all(len(line) <= 80 for line in lines)
-
-
-def test_a_picture_of_fixed_subnets_says_that_none_moved(tmp_path):
-    record = {"reselections": [], "groups": ["a", "b"], "subnet_method": "losia-pro", "steps": 5}
-    plots.subnets(record, tmp_path / "s.png")
-    assert (tmp_path / "s.png").stat().st_size > 5000

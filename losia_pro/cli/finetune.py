@@ -228,7 +228,7 @@ def _finish(folder: RunFolder, job: Job) -> None:
     record = folder.record
     with folder.writing("loss.png") as path:
         plots.loss(record, path)
-    if "reselections" in record:
+    if record.get("reselections"):  # none by the defaults
         with folder.writing("subnets.png") as path:
             plots.subnets(record, path)
     record["status"] = "complete"

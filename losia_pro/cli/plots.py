@@ -62,25 +62,20 @@ def subnets(record: dict[str, Any], path: Path) -> None:
     steps = [step for step, _ in moves]
     kept = [_mean(rs, "score_kept") for rs in moves.values()]
     overlap = [_mean(rs, "overlap") for rs in moves.values()]
-    if moves:
-        top.hlines(range(len(names)), 0, record["steps"], color="#DDDDDD", linewidth=1, zorder=1)
-        top.scatter(steps, [g for _, g in moves], s=40, color="#0072B2", zorder=2)
-        bottom.plot(steps, kept, "o-", color="#0072B2", markersize=4, label="score kept")
-        bottom.plot(
-            steps,
-            overlap,
-            "s--",
-            color="#D55E00",
-            markersize=4,
-            label="overlap with the last subnets",
-        )
-        share = record["subnet_share"]
-        bottom.axhline(
-            share, color="#999999", linestyle=":", label=f"subnets at random: {share:.3f}"
-        )
-        bottom.legend(fontsize=8)
-    else:
-        top.text(0.5, 0.5, "no subnet moved", transform=top.transAxes, ha="center")
+    top.hlines(range(len(names)), 0, record["steps"], color="#DDDDDD", linewidth=1, zorder=1)
+    top.scatter(steps, [g for _, g in moves], s=40, color="#0072B2", zorder=2)
+    bottom.plot(steps, kept, "o-", color="#0072B2", markersize=4, label="score kept")
+    bottom.plot(
+        steps,
+        overlap,
+        "s--",
+        color="#D55E00",
+        markersize=4,
+        label="overlap with the last subnets",
+    )
+    share = record["subnet_share"]
+    bottom.axhline(share, color="#999999", linestyle=":", label=f"subnets at random: {share:.3f}")
+    bottom.legend(fontsize=8)
     top.set_yticks(range(len(names)), names, fontsize=8 if len(names) < 24 else 5)
     top.set_ylim(len(names) - 0.5, -0.5)
     top.set_title(f"{record['subnet_method']}: which group's subnets moved when")
