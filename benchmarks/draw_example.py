@@ -1,9 +1,9 @@
 """Draw the README's first picture: ``python benchmarks/draw_example.py`` reads ``results/example.json`` and writes
 ``docs/example.png``.
 
-Left, a sketch of the method: the block of a layer's weights that is trained. Middle, the recorded schedule of the
-example's first run. Right, the recorded held-out losses: mean and range over the seeds. The background is opaque, so
-that the picture can be read on dark and light pages.
+Left, a sketch of the method: the block of a layer's weights that is trained. Middle, where subnets moved, the recorded
+schedule of the example's first run. Right, the recorded held-out losses: mean and range over the seeds. The background
+is opaque, so that the picture can be read on dark and light pages.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ BACKGROUND, GREY = "#FCFCFC", "#BBBBBB"
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#E69F00", "#56B4E9", "#000000"
 STYLE = {"losia-pro": (BLUE, "o"), "lora": (ORANGE, "^"), "full": (BLACK, "D")}
 
-# The sketch's layer: 12 outputs and 16 inputs, with 3 and 4 of them chosen.
-OUT, IN, ROWS, COLUMNS = 12, 16, (2, 5, 9), (1, 6, 7, 12)
+# The sketch's layer: a sixteenth of the inputs and all outputs are chosen.
+OUT, IN, COLUMNS = 20, 32, (7, 22)
 
 
 def layer(axes: Axes) -> None:
-    """The weights of one layer: chosen rows and columns, and the block where they meet."""
+    """The weights of one layer: the chosen columns."""
     for row in range(OUT):
         for column in range(IN):
-            both = (row in ROWS) + (column in COLUMNS)
-            colour = ("#EEEEEE", "#CFE5F2", BLUE)[both]
+            colour = BLUE if column in COLUMNS else "#E4E4E4"
             axes.add_patch(Rectangle((column, row), 0.88, 0.88, color=colour, linewidth=0))
     axes.set_xlim(-0.4, IN + 0.3)
     axes.set_ylim(OUT + 0.3, -0.4)
     axes.set_aspect("equal")
     axes.tick_params(length=0)
     axes.set_xticks([c + 0.44 for c in COLUMNS], [""] * len(COLUMNS))
-    axes.set_yticks([r + 0.44 for r in ROWS], [""] * len(ROWS))
+    axes.set_yticks([])
     axes.set_xlabel("chosen inputs $X_S$")
-    axes.set_ylabel("chosen outputs $Y_S$")
+    axes.set_ylabel("all outputs")
     axes.set_title("Of a layer's weights, one block is trained")
     for side in axes.spines.values():
         side.set_visible(False)
@@ -107,11 +106,13 @@ def main() -> None:
     record = json.loads(RECORD.read_text())
     figure = Figure(figsize=(13, 3.9), layout="constrained", dpi=130)
     figure.set_facecolor(BACKGROUND)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.25))
+    moved = bool(record["runs"][0]["reselections"])
+    left, *middle, right = figure.subplots(1, 2 + moved, width_ratios=(1, *[1.15] * moved, 1.25))
     layer(left)
-    schedule(middle, record)
+    for axes in middle:
+        schedule(axes, record)
     losses(right, record)
-    for axes in (left, middle, right):
+    for axes in (left, *middle, right):
         axes.set_facecolor(BACKGROUND)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE)
