@@ -126,18 +126,18 @@ class SubnetLinear(nn.Linear):
         subnet_dtype: torch.dtype | None = None,
     ) -> None:
         self.mode = "pro"
-        self._short = subnet_dtype
         self.impl: str | None = None
-        self.profile: GradientSink | None = None
         self.shared = shared
-        self.touched = Touched()
-        self._own_rows: sharded.OwnRows | None = None
+        self.profile: GradientSink | None = None  # while it is profiled
+        self.touched = Touched()  # the base's values, if a controller keeps them
+        self._subnet_dtype = subnet_dtype  # as asked for
+        self._own_rows: sharded.OwnRows | None = None  # under FSDP2
         self._guard = RecomputeGuard()
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         whole_out, whole_in = n_out == self.out_features, n_in == self.in_features
-        self.groups = (
+        self.groups = (  # the aligned runs of out_idx and of in_idx; where all are chosen, one of all
             self.out_features if whole_out else neuron_group,
             self.in_features if whole_in else neuron_group,
         )
@@ -158,16 +158,17 @@ class SubnetLinear(nn.Linear):
 
     def _compact_dtype(self) -> torch.dtype:
         dtype = self.weight.dtype
-        return dtype if dtype == self._short else compact_dtype(dtype)
+        return dtype if dtype == self._subnet_dtype else compact_dtype(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        own: dict[str, Any] = self._parameters  # a tenth of the time that nn.Module's lookup takes
+        # Looked up in a tenth of the time that self.subnet takes:
+        own: dict[str, Any] = self._parameters
         indices: dict[str, Any] = self._buffers
         if not torch.compiler.is_compiling():
             self._guard.check()
             if own["subnet"]._version > self._written and not self.touched.swapped:
                 self._check_written()
-            if type(own["subnet"]) is not nn.Parameter:
+            if type(own["subnet"]) is not nn.Parameter:  # FSDP2's is whole here, and is one
                 sharded.refuse_parallel(own["subnet"])
         if not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
@@ -180,7 +181,7 @@ class SubnetLinear(nn.Linear):
         )  # fmt: skip
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
-        """``weight`` and ``bias``."""
+        """``weight`` and ``bias``, looked up fast; a subclass may keep them elsewhere."""
         own: dict[str, Any] = self._parameters
         return own["weight"], own.get("bias")
 
@@ -207,12 +208,12 @@ class SubnetLinear(nn.Linear):
         sharded.write_together([self], self.impl)
 
     def mark_written(self) -> None:
-        """The dense weight holds the subnet as it is now."""
+        """Remember that the dense weight holds the subnet as it is now."""
         self._written, self._weight_then = self.subnet._version, self.weight._version
 
     def _check_written(self) -> None:
-        """A subnet that was set together with its dense weight is in it: the start of
-        ``DistributedDataParallel`` sets all parameters."""
+        """Warn of a subnet that was set since it was written; not if the dense weight was set too, for
+        ``DistributedDataParallel`` starts by setting all parameters, and they agree then."""
         if self.weight._version == self._weight_then:
             _warn_stale()
         else:
