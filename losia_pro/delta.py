@@ -59,8 +59,8 @@ def check_base(losia: Losia) -> None:
         found = base_of(losia.modules)
     if found != losia.base_digest:
         raise RuntimeError(
-            "weights were loaded or changed after attach() in places that were never trained, which a delta leaves "
-            "out; call attach() on the model once it has its weights, or save it whole"
+            "weights were loaded or changed after attach(), or converted to another dtype, in places that were never "
+            "trained, which a delta leaves out; call attach() on the model once it has its weights, or save it whole"
         )
 
 

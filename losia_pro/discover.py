@@ -219,7 +219,7 @@ def subnet_sizes(
             raise ValueError(
                 f"{name} is too small to slice: {linear.in_features} inputs and {linear.out_features} "
                 f"outputs leave a subnet of {n_in} inputs and {n_out} outputs; raise rank_factor (or "
-                "in_factor, out_factor, output_factor), or leave it out with target_modules"
+                "in_factor, out_factor, output_factor), lower neuron_group, or leave it out with target_modules"
             )
         sizes[name] = n_out, n_in
     return sizes

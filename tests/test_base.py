@@ -106,29 +106,6 @@ def test_a_resumed_run_has_the_first_runs_base(stop):
             run.go(stop, STEPS)
 
 
-@pytest.mark.parametrize("bias_alone", [False, True])
-def test_a_start_is_calibrated_on_a_delta_whose_place_is_the_first_one(bias_alone, tmp_path):
-    """As with the same seed: what the delta brought is no part of the base."""
-    settings = {"period": None, "train_bias": True}
-    base, first, optimizer = start(settings, toys.stack())
-    list(toys.train(first.model, optimizer, data_for(first.model, 3)))
-    if bias_alone:
-        for name, m in first.modules.items():
-            with torch.no_grad():
-                m.subnet.copy_(base.get_submodule(name).weight[m.out_idx][:, m.in_idx])
-    first.save_delta(tmp_path / "d")
-    tuned = copy.deepcopy(first.model.state_dict())
-    config = LosiaConfig(**{**first.config.to_dict(), "init": "calibrate"})
-    losia = losia_pro.attach(copy.deepcopy(base), config)
-    assert toys.indices(losia) == toys.indices(first)
-    losia_pro.load_delta(losia.model, tmp_path / "d")
-    losia.calibrate(data_for(losia.model, 2), toys.loss_of)
-    assert toys.indices(losia) != toys.indices(first)
-    toys.equal_bits(losia.model.state_dict(), tuned)
-    with losia.base():
-        toys.equal_bits(losia.model.state_dict(), base.state_dict())
-
-
 @pytest.mark.parametrize("calibrate", [False, True], ids=["random", "calibrated"])
 @pytest.mark.parametrize("steps", [1, 12], ids=["blocks", "bitmap"])
 def test_what_a_delta_brought_is_taken_away_too(steps, calibrate, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import toys
@@ -84,3 +86,25 @@ def test_a_failing_calibration_leaves_no_importance_behind():
         losia.calibrate([good, (good[0][:, :-1], good[1])], toys.loss_of)
     assert toys.indices(losia) == start and not losia.history
     assert not profiles(losia) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias_alone", [False, True])
+def test_what_a_delta_brought_to_the_first_place_is_not_taken_for_the_base(bias_alone, tmp_path):
+    """As with the same seed, subnets that stay put the delta where the second run's are at first."""
+    base = toys.stack()
+    config = LosiaConfig(rank_factor=1 / 4, period=None, train_bias=True)
+    first = losia_pro.attach(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for p in first.parameters():
+            if p.dim() == 1 or not bias_alone:
+                p.add_(1)
+    first.save_delta(tmp_path / "delta")
+    config = LosiaConfig(**{**config.to_dict(), "init": "calibrate"})
+    losia = losia_pro.attach(copy.deepcopy(base), config)
+    assert toys.indices(losia) == toys.indices(first)
+    losia_pro.load_delta(losia.model, tmp_path / "delta")
+    losia.calibrate(toys.batches(2), toys.loss_of)
+    assert toys.indices(losia) != toys.indices(first)
+    toys.equal_bits(losia.model.state_dict(), first.model.state_dict())
+    with losia.base():
+        toys.equal_bits(losia.model.state_dict(), base.state_dict())
