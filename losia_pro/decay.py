@@ -33,13 +33,12 @@ class Anchors:
 
     def of(self, module: SubnetLinear) -> Tensor:
         mine = sharded.local(module.subnet)
-        state = (module.touched, module.out_idx._version, module.in_idx._version, mine.device)
+        places = module.out_idx._version, module.in_idx._version
+        state = (module.touched, *places, mine.shape, mine.device)
         kept = self._kept.get(module)
         if kept is None or kept[0] != state:
             values = module.touched.values_at(module.out_idx, module.in_idx)
-            if sharded.is_sharded(
-                module.subnet
-            ):  # a copy, which does not hold on to the others' rows
+            if sharded.is_sharded(module.subnet):  # copied: a view would keep the others' rows
                 values = values[sharded.rows(module.subnet)].clone()
             kept = self._kept[module] = state, values.to(mine.device)
         return kept[1]

@@ -87,7 +87,7 @@ def test_entries_that_are_the_bases_stay_so_bit_for_bit():
 
 
 def test_a_subnet_without_a_gradient_does_not_decay():
-    """As in PyTorch's own optimizers: an expert that saw no token, say."""
+    """As in PyTorch's own optimizers."""
     losia, _ = next(train(CONFIG, lr=0.1))
     first, *_, last = losia.modules.values()
     for m in (first, last):

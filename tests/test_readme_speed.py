@@ -11,11 +11,11 @@ MODES = ("eager", "compiled", "checkpointed")
 ROWS = {
     "floor": "floor",
     "`LosiaConfig()`": "losia-pro-default",
-    "`rank_factor=1/8`": "losia-pro",
+    "`rank_factor=1/8, base_decay=0`": "losia-pro",
     "... while a layer is profiled": "losia-pro+profile",
     "... `neuron_group=16, share_inputs=True`": "losia-pro-g16-shared",
     '... `subnet_dtype="bfloat16", share_inputs=True`': "losia-pro-shared-bf16",
-    "`in_factor=1/64`": "losia-pro-rect",
+    "`in_factor=1/64, base_decay=0`": "losia-pro-rect",
     "... `neuron_group=16`": "losia-pro-rect-g16",
     "LoRA of rank 64, bf16, no dropout": "lora-r64",
     "LoRA of rank 64, as PEFT does it, dropout 0.05": "lora-peft-r64",
