@@ -41,8 +41,9 @@ class Touched:
         are recorded."""
         self.blocks.append((out_idx.cpu().clone(), in_idx.cpu().clone()))
         at, new = self._entries(len(self.blocks) - 1, out_idx.device)
+        values = sharded.read(weight, at)  # collective: also where ranks differ, which is found out later
         if new.any():
-            self.values.append(sharded.read(weight, at)[new].cpu())
+            self.values.append(values[new].cpu())
         else:
             self.blocks.pop()
 
