@@ -41,7 +41,7 @@ class Touched:
         are recorded."""
         self.blocks.append((out_idx.cpu().clone(), in_idx.cpu().clone()))
         at, new = self._entries(len(self.blocks) - 1, out_idx.device)
-        values = sharded.read(weight, at)  # collective: also where ranks differ, which is found out later
+        values = sharded.read(weight, at)  # by all ranks, also if they differ: that is found later
         if new.any():
             self.values.append(values[new].cpu())
         else:
