@@ -115,6 +115,7 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     saved = state["modules"]
     for m in losia.modules.values():  # torch.distributed.checkpoint sets weights and tells nobody
         m.adopt_weight()
+        m.touched = base.Touched()  # set below: what moves to the state's places is not the base's
     for names in losia.sets:
         modules = [losia.modules[n] for n in names]
         device = modules[0].out_idx.device
@@ -123,7 +124,6 @@ def restore(losia: Losia, state: dict[str, Any]) -> None:
     for name, m in losia.modules.items():
         s = saved[name]
         sharded.assign_(m.subnet, s["subnet"])
-        m.touched = base.Touched()
         m.touched.blocks = [(o.cpu(), i.cpu()) for o, i in s["touched"]]
         m.touched.values = [values.cpu() for values in s["base"]]
         m.touched.bias = s["base_bias"][0].cpu() if s["base_bias"] else None

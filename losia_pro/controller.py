@@ -89,7 +89,7 @@ class Losia:
         take_places(model, self._swaps)
         keep_from_broadcast(model, self.modules.values())
         base.record(self, self.modules)
-        self.anchors = decay.Anchors()
+        self._anchors = decay.Anchors()
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: every subnet, and the biases if ``train_bias``."""

@@ -55,7 +55,7 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
         if module.subnet.grad is None:
             continue
         group = group_of[id(module.subnet)]
-        subnet, base = sharded.local(module.subnet.detach()), losia.anchors.of(module)
+        subnet, base = sharded.local(module.subnet.detach()), losia._anchors.of(module)
         base = base.to(subnet.dtype)
         if subnet.dtype == torch.bfloat16:
             subnets, bases = short.setdefault((subnet.device, group), ([], []))

@@ -180,7 +180,7 @@ def held() -> dict[str, list[int]]:
         "subnets": [m.subnet for m in modules],
         "moments": [run.optimizer.state[m.subnet]["momentum_buffer"] for m in modules],
     }
-    base = [run.losia.anchors.of(m).untyped_storage() for m in modules]
+    base = [run.losia._anchors.of(m).untyped_storage() for m in modules]
     sizes = {
         k: [local(t).numel() for t in ts] + [t.numel() for t in ts] for k, ts in tensors.items()
     }

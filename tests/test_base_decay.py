@@ -170,7 +170,7 @@ def test_bf16_subnets_of_one_group_of_the_optimizer_decay_in_one_call(monkeypatc
     assert sorted(calls) == [2, len(middle) - 1]
     for name, m in losia.modules.items():
         lr = next(lr for lr, ps in rates.items() if any(p is m.subnet for p in ps))
-        away = before[name].double() - losia.anchors.of(m).double()
+        away = before[name].double() - losia._anchors.of(m).double()
         exact = before[name].double() - (lr * DECAY * away if m.subnet.grad is not None else 0)
         off = (m.subnet.detach().double() - exact) / 2.0**-8  # in units at 1..2
         assert float(off.abs().max()) <= 2.0  # one unit, of numbers below 4

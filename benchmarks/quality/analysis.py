@@ -12,6 +12,7 @@ from .plan import BASE, Plan, Row
 
 RIVALS = ("lora-r8", "lora-as-1/8", "lora-as-1/4")
 FIGURES = ("test_loss", "old_loss", "test_exact")
+SIGNIFICANT = 0.05  # p of a paired test
 
 
 def summary(plan: Plan) -> list[Row]:

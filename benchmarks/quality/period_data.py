@@ -14,6 +14,7 @@ from typing import Any
 
 from losia_pro.cli.bench.table import table
 
+from .analysis import SIGNIFICANT
 from .corpora import Part
 from .methods import Lever, Method, losia
 from .plan import Row
@@ -22,7 +23,6 @@ from .settings import Setting
 STUDY = "period-data"
 SIZES = {"1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0}  # of the data, the smallest first
 PERIODS = (5, 10, 20, 50, 100)
-SIGNIFICANT = 0.05
 
 
 def share_of(lever: Lever, data: Part, setting: Setting) -> tuple[Part, Setting]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import levers, period_data
+from .analysis import SIGNIFICANT
 from .methods import METHODS, Method, losia
 from .plan import Row
 
-SIGNIFICANT = 0.05
 T10: dict[str, Any] = {"period": 10}
 FIXED: dict[str, Any] = {"period": None}
 
@@ -108,7 +108,7 @@ STUDIES = {
         ),
     ),
     "period": Study(
-        _each("period", [5, 10, 20, 50, 100]),
+        _each("period", list(period_data.PERIODS)),
         (Claim("period=10", "period=100", "the period has an optimum that grows with the data"),),
     ),
     # Levers beyond the paper, which has no claim on them.

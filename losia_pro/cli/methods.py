@@ -15,6 +15,7 @@ import losia_pro
 from losia_pro.discover import find_targets
 
 from .errors import CliError
+from .options import SUBNETS
 
 
 @dataclass
@@ -57,21 +58,8 @@ def prepare(
 
 def losia_config(method: str, options: argparse.Namespace) -> losia_pro.LosiaConfig:
     """The subnets' sizes and schedule that the flags ask for."""
-    return losia_pro.LosiaConfig(
-        rank_factor=options.rank_factor,
-        in_factor=options.in_factor,
-        out_factor=options.out_factor,
-        output_factor=options.output_factor,
-        neuron_group=options.neuron_group,
-        share_inputs=options.share_inputs,
-        period=options.period,
-        base_decay=options.base_decay,
-        target_modules=options.target_modules,
-        init=options.init,
-        mode="dense" if method == "losia" else "pro",
-        impl=options.impl,
-        seed=options.seed,
-    )
+    settings = {name: getattr(options, name) for name in SUBNETS}
+    return losia_pro.LosiaConfig(**settings, mode="dense" if method == "losia" else "pro")
 
 
 def _losia(

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from losia_pro import LosiaConfig
+
 from .errors import CliError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -19,6 +21,10 @@ SCHEDULERS = {  # our name: Trainer's name and arguments
     "constant": ("constant_with_warmup", {}),
 }
 
+SUBNETS = (  # flags that are LosiaConfig's fields
+    "impl", "rank_factor", "in_factor", "out_factor", "output_factor", "neuron_group", "share_inputs", "period",
+    "base_decay", "target_modules", "init", "seed",
+)  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     "recipe": None,
     "tasks": [],  # that the recipe names, for losia-pro evaluate
@@ -44,23 +50,12 @@ DEFAULTS: dict[str, Any] = {
     "warmup": 0.1,
     "weight_decay": 0.0,
     "clip": 1.0,
-    "seed": 0,
     "eval_steps": None,
     "device": "auto",
     "precision": "auto",
     "checkpointing": False,
     "compile": False,
-    "impl": None,
-    "rank_factor": None,
-    "in_factor": None,
-    "out_factor": None,
-    "output_factor": 0.0,
-    "neuron_group": 1,
-    "share_inputs": False,
-    "period": None,
-    "base_decay": 0.5,
-    "target_modules": None,
-    "init": "random",
+    **{name: getattr(LosiaConfig(), name) for name in SUBNETS},
     "calibration_batches": 4,
     "lora_rank": None,
     "lora_alpha": None,
