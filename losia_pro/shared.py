@@ -12,8 +12,7 @@ from torch import Tensor
 class SharedInputs:
     """The common ``in_idx`` of some linears, and ``x[:, X_S]`` for as long as ``x`` lives.
 
-    In eager mode the first of them that is called gathers for all. Under ``torch.compile`` nothing is
-    remembered: there, equal gathers of one graph are one.
+    The first of them that is called gathers for all.
     """
 
     def __init__(self, in_idx: Tensor) -> None:
@@ -38,7 +37,7 @@ class SharedInputs:
 
     def columns(self, x: Tensor, flat: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
         """``gather(flat)``, or what it gave for the same ``x``; ``flat`` is ``x`` as ``(T, in)``, cast."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return gather(flat)
         version = 0 if x.is_inference() else x._version
         state = (version, flat.dtype, self.in_idx._version)

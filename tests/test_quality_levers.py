@@ -62,6 +62,12 @@ def test_runs_on_record_are_still_those_of_the_methods_of_their_names():
     assert settings.SIZES["26m"].digest() == digest
 
 
+PAPERS = {
+    *("relocalization", "selection", "rewarming", "score", "importance"),
+    *("beta1", "beta2", "p", "p_o", "period"),
+}
+
+
 def test_a_lever_makes_another_run_and_none_makes_the_same():
     plain = losia(**levers.FIXED)
     assert plain.decides() == METHODS["losia-1/16x1"].decides()
@@ -70,10 +76,13 @@ def test_a_lever_makes_another_run_and_none_makes_the_same():
     assert len(texts | {plain.decides()}) == 3
 
 
-def test_every_lever_is_in_the_study_of_all_once():
-    single = {m.decides() for methods in levers.STUDIES.values() for m in methods.values()}
-    every = [METHODS[n].decides() for n in studies.names("levers")]
+@pytest.mark.parametrize("together, others", [("levers", set(levers.STUDIES)), ("paper", PAPERS)])
+def test_every_configuration_is_in_the_study_of_all_once(together, others):
+    single = {m.decides() for s in others for m in studies.STUDIES[s].methods.values()}
+    every = [METHODS[n].decides() for n in studies.names(together)]
     assert set(every) == single and len(every) == len(single)
+    claims = [c for s in others for c in studies.STUDIES[s].claims]
+    assert len(studies.STUDIES[together].claims) == len(claims)
 
 
 # --- what each does -----------------------------------------------------------------------------------

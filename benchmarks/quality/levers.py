@@ -125,15 +125,6 @@ STUDIES: dict[str, dict[str, Method]] = {
 }  # fmt: skip
 
 
-def all_of_them() -> dict[str, Method]:
-    """Every lever, and each basis once."""
-    found: dict[str, tuple[str, Method]] = {}
-    for study, methods in STUDIES.items():
-        for name, method in methods.items():
-            found.setdefault(method.decides(), (f"{study}, {name}", method))
-    return dict(found.values())
-
-
 # --- for as long as a run lasts ---------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -95,6 +96,21 @@ def batches(part: Part, size: int, steps: int, seed: int) -> Iterator[Part]:
         yield Part(*(t[chosen] for t in part))
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """For the length of a ``with`` block the same device and versions give the same bits; on a GPU
+    CUBLAS_WORKSPACE_CONFIG must be set. A compiler times no candidates then."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with torch._inductor.config.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@deterministic()
 def pretrain(setting: Setting, data: Part, compiled: bool) -> Any:
     """The base model: AdamW, linear warm-up, a cosine to a tenth of the peak. Rounded to bf16, so that it can be
     kept in small files."""

@@ -32,6 +32,7 @@ def work(connection: Connection, setting: Setting) -> None:
     """A worker: takes its place and then jobs until there is None, answers with rows. The job "pretrain" makes the
     base model."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic pretraining asks for
     import torch
 
     from . import corpora, model, studies, training  # noqa: F401 - the studies' methods

@@ -2,13 +2,14 @@
 
 ``python -m benchmarks.quality --study NAME`` runs one as it runs the table, with a learning rate searched for every
 configuration; its record ends with a sentence for each claim: whether these runs agree. All have, unless
-they say otherwise, ``p = 1/8`` and ``T = 10``, with which each block moves several times in a run.
+they say otherwise, ``p = 1/8`` and ``T = 10``, with which each block moves several times in a run. ``--study paper``
+makes them all but the last, period against data, in one record; ``--study levers`` those beyond the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import levers, period_data
@@ -131,9 +132,27 @@ STUDIES = {
     ),
 }  # fmt: skip
 
+LEVERS = {name: Study(methods, ()) for name, methods in levers.STUDIES.items()}
+
+
+def together(studies: dict[str, Study]) -> Study:
+    """All of them in one record: a configuration that several have is run once, by the name in the first."""
+    found: dict[str, tuple[str, Method]] = {}
+    for study, s in studies.items():
+        for name, method in s.methods.items():
+            found.setdefault(method.decides(), (f"{study}, {name}", method))
+    claims = [
+        replace(c, better=found[s.methods[c.better].decides()][0], worse=found[s.methods[c.worse].decides()][0])
+        for s in studies.values()
+        for c in s.claims
+    ]  # fmt: skip
+    return Study(dict(found.values()), tuple(claims))
+
+
 STUDIES["period-data"] = Study(period_data.CONFIGURATIONS, (), period_data.conclude)
-STUDIES |= {name: Study(methods, ()) for name, methods in levers.STUDIES.items()}
-STUDIES["levers"] = Study(levers.all_of_them(), ())
+STUDIES["paper"] = together({name: s for name, s in STUDIES.items() if s.claims})
+STUDIES |= LEVERS
+STUDIES["levers"] = together(LEVERS)
 
 for _name, _study in STUDIES.items():
     for _key, _method in _study.methods.items():
