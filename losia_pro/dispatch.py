@@ -22,14 +22,13 @@ from . import torch_ops
 IMPLS = ("torch", "triton", "cuda")
 
 # Which implementation answers on a CUDA device when none is named, by `losia-pro bench kernels`; elsewhere "torch".
-# Where Triton and CUDA take the same time on the device, CUDA takes less of the host's. The orders of adamw_ and lerp_
-# are not measured yet.
+# Where Triton and CUDA take the same time on the device, CUDA takes less of the host's.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "gather_columns": ("cuda", "triton", "torch"),
     "subnet_grad": ("cuda", "triton", "torch"),
     "importance_update_": ("triton", "cuda", "torch"),
     "write_back_": ("cuda", "triton", "torch"),
-    "adamw_": ("triton", "cuda", "torch"),  # no op of torch.ops: an optimizer's step is not traced
+    "adamw_": ("cuda", "triton", "torch"),  # no op of torch.ops: an optimizer's step is not traced
     "lerp_": ("cuda", "triton", "torch"),  # nor is what follows it
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens

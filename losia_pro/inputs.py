@@ -53,7 +53,8 @@ def find_shared_inputs(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        # A compiler would trace the hooks, which are another graph for every layer.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             if isinstance(example, dict):
                 model(**{k: _on(v, device) for k, v in example.items()})
             elif isinstance(example, Tensor):
