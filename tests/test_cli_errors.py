@@ -12,7 +12,7 @@ import torch
 from cli_tools import finetune, make_data, make_model, make_tokenizer, write_lines
 
 from losia_pro.cli import job as jobs
-from losia_pro.cli import main, memory
+from losia_pro.cli import main, memory, options
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,19 @@ def test_a_bad_value_is_named(capsys, flags, message):
 def test_model_and_data_come_together(base, capsys):
     assert "--model needs --data too" in refused(capsys, *base[:2])
     assert "--data needs --model too" in refused(capsys, *base[2:])
+
+
+@pytest.mark.parametrize("lost", [["base_decay"], ["prompt", "tasks"]], ids=str)
+def test_a_run_of_a_version_that_had_fewer_settings_is_not_resumed(base, tmp_path, capsys, lost):
+    given = {"model": str(base[1]), "data": str(base[3])}
+    arguments = {k: v for k, v in vars(options.resolve(given)).items() if k not in lost}
+    before = json.dumps({"status": "running", "arguments": arguments})
+    (tmp_path / "run.json").write_text(before)
+    message = refused(capsys, "--resume", tmp_path)
+    assert f"lack {', '.join(lost)}, which" in message
+    assert "afresh" in message and "the version that began it" in message
+    assert (tmp_path / "run.json").read_text() == before
+    assert message == refused(capsys, "--resume", tmp_path, "--base-decay", 0.5)
 
 
 def test_without_a_checkout_the_example_says_what_would_do(tmp_path, capsys, monkeypatch):

@@ -90,13 +90,18 @@ def _check_packages(methods: list[str]) -> None:
 
 
 def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
-    """The run to continue, if the flags that were given are its own."""
+    """The run to continue, if this version knows its settings and the flags that were given are its own."""
     output = given.pop("output", None)
     if resume is True:
         if output is None:
             raise CliError("--resume: which run? give --resume DIR")
         resume = output
     folder = RunFolder.open(Path(str(resume)).expanduser())
+    if missing := settings.DEFAULTS.keys() - folder.record["arguments"].keys():
+        raise CliError(
+            f"--resume {folder.path}: the run's settings lack {', '.join(sorted(missing))}, which came with a later "
+            "version of losia-pro; start the run afresh, or resume it with the version that began it"
+        )
     changed = settings.differing(given, folder.record["arguments"])
     if changed:
         raise CliError(f"--resume continues a run with its own arguments; {'; '.join(changed)}")
