@@ -44,7 +44,8 @@ class LosiaConfig:
             gradient and slices it (for ablations).
         init: first subnets "random" (the paper) or "calibrate": chosen by importance from the batches
             given to ``Losia.calibrate``.
-        schedule: "async" profiles one group a slot; "sync" all of them in every slot (an ablation).
+        schedule: "async" profiles one group a slot; "sync", which needs a period, all of them in every slot (an
+            ablation).
         strategy: which greedy answer of the localization is taken; see ``losia_pro.localize``.
         importance: "taylor" ``|g w - (g w)^2 / 2|``, "first" ``|g w|`` or "second" ``(g w)^2``.
         score: "iu" importance times uncertainty (the paper), "i" or "u" either alone.
@@ -65,7 +66,7 @@ class LosiaConfig:
         seed: of the random first subnets; the same on every rank and device.
 
     Raises:
-        ValueError: for a value out of range, naming it and what would do.
+        ValueError: for a value out of range, or a schedule without a period, naming it and what would do.
     """
 
     rank_factor: float | None = None
@@ -104,6 +105,11 @@ class LosiaConfig:
             value = getattr(self, name)
             if not any(type(value) is type(a) and value == a for a in allowed):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        if self.schedule == "sync" and self.period is None:
+            raise ValueError(
+                "schedule='sync' profiles all groups in every slot, and with period=None there are no slots: give a "
+                "period, or leave schedule at 'async'"
+            )
         patterns = self.target_modules
         if patterns is not None and not isinstance(patterns, str):
             names = tuple(patterns) if isinstance(patterns, Iterable) else ()

@@ -56,6 +56,15 @@ def test_a_wrong_value_is_refused_by_name_and_shown(name, value):
         LosiaConfig(**{name: value})
 
 
+def test_a_synchronous_schedule_needs_a_period():
+    with pytest.raises(ValueError, match=r"^schedule='sync' .*period=None.*'async'$"):
+        LosiaConfig(schedule="sync")
+    with pytest.raises(ValueError, match="period=None"):
+        LosiaConfig.paper(schedule="sync", period=None)
+    assert LosiaConfig(schedule="sync", period=1).schedule == "sync"
+    assert LosiaConfig(schedule="async", period=None).period is None
+
+
 ACCEPTED = {
     "ends": {"rank_factor": 1, "output_factor": 1, "beta1": 0, "beta2": 0.0, "period": 1},
     "other ends": {"rank_factor": 1e-6, "in_factor": 1, "out_factor": 1.0, "seed": 2**64 - 1},
@@ -65,8 +74,8 @@ ACCEPTED = {
     "names": {"target_modules": ["up", "layers.0.down"]},
     "pattern": {"target_modules": r".*\.(up|down)"},
     "choices": {
-        "mode": "dense", "init": "calibrate", "schedule": "sync", "strategy": "rows", "importance": "first",
-        "score": "u", "impl": "torch", "rewarm": False, "train_bias": True,
+        "mode": "dense", "init": "calibrate", "schedule": "sync", "period": 3, "strategy": "rows",
+        "importance": "first", "score": "u", "impl": "torch", "rewarm": False, "train_bias": True,
         "subnet_dtype": "bfloat16",
     },
 }  # fmt: skip
