@@ -1,9 +1,9 @@
 """Draw the README's first picture: ``python benchmarks/draw_example.py`` reads ``results/example.json`` and writes
 ``docs/example.png``.
 
-Left, a sketch of the method: the block of a layer's weights that is trained. Middle, where subnets moved, the recorded
-schedule of the example's first run. Right, the recorded held-out losses: mean and range over the seeds. The background
-is opaque, so that the picture can be read on dark and light pages.
+Left, a sketch of the method: the block of a layer's weights that is trained by default. Middle, where subnets moved,
+the recorded schedule of the example's first run. Right, the recorded held-out losses: mean and range over the seeds.
+The background is opaque, so that the picture can be read on dark and light pages.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def layer(axes: Axes) -> None:
     axes.tick_params(length=0)
     axes.set_xticks([c + 0.44 for c in COLUMNS], [""] * len(COLUMNS))
     axes.set_yticks([])
-    axes.set_xlabel("chosen inputs $X_S$")
+    axes.set_xlabel("by default: 1/16 of the inputs")
     axes.set_ylabel("all outputs")
-    axes.set_title("Of a layer's weights, one block is trained")
+    axes.set_title("The trained block of a layer")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -65,8 +65,10 @@ def schedule(axes: Axes, record: dict[str, Any]) -> None:
     axes.set_xlim(0, 1.03 * steps)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("decoder layer")
-    axes.set_title("The block moves, layer by layer")
-    axes.legend(loc="upper center", ncols=2, fontsize=8, frameon=False)
+    axes.set_title("The example: blocks move in turn")
+    axes.legend(
+        loc="upper center", ncols=2, fontsize=8.5, columnspacing=1, handlelength=1.2, frameon=False
+    )
 
 
 def losses(axes: Axes, record: dict[str, Any]) -> None:
@@ -99,15 +101,15 @@ def losses(axes: Axes, record: dict[str, Any]) -> None:
     axes.set_ylabel("held-out loss (nats per token)")
     axes.set_title("The example: reST to Markdown")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8.5)
 
 
 def main() -> None:
     record = json.loads(RECORD.read_text())
-    figure = Figure(figsize=(13, 3.9), layout="constrained", dpi=130)
+    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=150)
     figure.set_facecolor(BACKGROUND)
     moved = bool(record["runs"][0]["reselections"])
-    left, *middle, right = figure.subplots(1, 2 + moved, width_ratios=(1, *[1.15] * moved, 1.25))
+    left, *middle, right = figure.subplots(1, 2 + moved, width_ratios=(0.8, *[1.2] * moved, 1.25))
     layer(left)
     for axes in middle:
         schedule(axes, record)

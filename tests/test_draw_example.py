@@ -35,6 +35,6 @@ def test_a_schedule_is_drawn_where_subnets_moved(moves, tmp_path):
 
     main.__globals__["Figure"] = Seen
     main()
-    assert ("The block moves, layer by layer" in titles) == bool(moves)
+    assert ("The example: blocks move in turn" in titles) == bool(moves)
     assert len(titles) == 2 + bool(moves)
     assert (tmp_path / "example.png").read_bytes().startswith(b"\x89PNG")
