@@ -1,4 +1,4 @@
-"""LoSiA-Pro: fine-tune a subnet of every linear layer, full rank, at the cost of a frozen network."""
+"""LoSiA-Pro: fine-tune one block of weights, a subnet, in each linear layer."""
 
 from importlib import import_module
 from typing import Any

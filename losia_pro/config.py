@@ -15,7 +15,7 @@ class LosiaConfig:
     """How LoSiA-Pro adapts a model.
 
     The defaults are what tuned best in ``benchmarks/results/quality-26m.json`` (26 M parameters, five targets, five
-    seeds) for no more than a step with LoRA of rank 64 costs. Share of full fine-tuning's gain, mean over the
+    seeds) in no more time than a step with LoRA of rank 64 takes. Share of full fine-tuning's gain, mean over the
     targets, and on the C++ target the old domain's loss after tuning (0.719 before):
 
     - a sixteenth of the inputs and all outputs, at random, with decay (the default): 94.8 %, 0.890;
