@@ -70,7 +70,8 @@ class SubnetExperts(SubnetHost):
 
         y_t = sum_k p_tk f_e(x_t),  e = e_tk,  f_e(x) = W2_e act(W1_e x)
 
-    Every expert is called, with no tokens if none are for it: then its gradients are zero. One host sync a call.
+    Every expert is called, with no tokens if none are for it: then its gradients are zero, as its part of the stack's
+    would be, and an optimizer with momentum or decay still moves it. One host sync a call.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
