@@ -16,6 +16,7 @@ Three ways to dy's columns, each where it was the fastest on an H200:
 - single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the
   n_in / BLOCK_N column tiles would gather dy again, in 2-byte loads that cannot be pipelined. (`fused=True` does
   that, to measure it.) The same for runs where x_sub is too wide for the first way.
+A launch shape that `losia-pro tune` found to be faster than the second or the third is taken instead of them.
 To change the tile, change `_tiles`, or add one to `candidates` and let `losia-pro tune` measure it: any powers of two
 of at least 16 are correct; a stage of the pipeline takes (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory, and a
 consumer GPU has 99 KiB in all.
@@ -129,14 +130,14 @@ def subnet_grad(
     if tokens == 0 or n_out == 0 or n_in == 0:
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
     whole = group == dy.shape[1]
+    run = hardware_run(group)
+    tuned = lookup(dy.device, "subnet_grad", dy.dtype, n_out, n_in, run) if run > 1 else None
     if fused is None:
-        # Where this kernel was faster than a gather and the library's product on an H200.
-        fused = not whole and group > 1 and n_out >= 128 and n_in <= 1024
+        # Where this kernel was faster than a gather and the library's product on an H200, or was measured to be.
+        fused = tuned is not None or (not whole and run > 1 and n_out >= 128 and n_in <= 1024)
     if not fused:
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
-    run = hardware_run(group)
     device = device_of(dy.device)
-    tuned = lookup(dy.device, "subnet_grad", dy.dtype, n_out, n_in, run)
     tiles = Tiles(*(tuned or _tiles(dy.dtype, n_in, device)))
     blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
     split_tokens = _split_tokens(tokens, blocks, tiles.k, device.processors)

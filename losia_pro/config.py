@@ -23,7 +23,8 @@ class LosiaConfig:
     - an eighth of both: 87.7 %, 0.983; that with moves every 10 steps: 87.7 %, 0.928;
     - LoRA of rank 8, at that width what rank 64 is to LLaMA-2 7B: 91.2 %, 0.948; of the default's size: 95.2 %, 0.980.
 
-    Subnets that move were never better than those that stay (``quality-levers-26m.json``), so ``period`` is None.
+    Of this shape, subnets that move were never better than those that stay (``quality-levers-26m.json``), so ``period``
+    is None; the paper's square of an eighth is better where it moves (``quality-paper-26m.json``).
     ``LosiaConfig.paper()`` has the published settings. Aligned groups and shared inputs make steps faster, and
     their effect on quality is not yet known well enough to make them the default.
 

@@ -126,6 +126,7 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
         *(("gather_columns", FP32, n, run) for n in (32, 128) for run in (1, 8)),
         *(("gather_columns", FP32, n, 1) for n in (1, 4, 16)),
         ("subnet_grad", FP32, 128, 32, 8),
+        *(("subnet_grad", FP32, 256, n, 16) for n in (1, 4)),  # all outputs
         ("importance_update_", FP32, 256, 64),
     }
     for (op, *_), tiles in found.items():
@@ -138,6 +139,12 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
     assert torch.equal(launch.gather_columns(x, idx), x[:, idx])
     launch.gather_columns(x, idx[:100])  # of another size: the rule's
     assert launched == [(32, 64, 8), (8, 128, 8)]
+
+    launched.clear()
+    every = torch.arange(256)  # the library's, but where a launch shape was measured to be faster
+    launch.subnet_grad(x, x[:, :4], every, FP32, 256)
+    launch.subnet_grad(x, x[:, :5], every, FP32, 256)
+    assert launched == [(64, 128, 32, 8, 3)]
 
     clock.clear()
     assert main([*FLAGS, "--ops", "subnet_grad"]) == 0
@@ -152,7 +159,7 @@ def test_a_budget_ends_it_with_what_was_measured_of_the_first_weight(clock, monk
     assert main([*FLAGS, "--shape", "64x256", "--budget", "1.5"]) == 0
     rows = json.loads(tuned.path(CPU).read_text())["rows"]
     assert [(row["op"], row.get("n_out"), row.get("n_in")) for row in rows] == [
-        ("subnet_grad", 128, 32)
+        ("subnet_grad", *sizes) for sizes in ((128, 32), (256, 4), (256, 1))
     ]
     assert "5 of 6 left" in capsys.readouterr().out
 

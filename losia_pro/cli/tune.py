@@ -148,7 +148,7 @@ def _measure(s: Setting, op: str, into: int, out: int, tokens: int) -> dict[Any,
             raise RuntimeError(wrong)
         with tuned.asked(op) as asked:
             case.candidates[RULE].call(0)
-        keys.append(next(iter(asked), None))  # none where the library's product answers
+        keys.append(next(iter(asked), None))  # none where there is no launch shape to choose
         if keys[-1] is None:
             case.candidates.clear()
         case.candidates.pop(LIBRARY, None)
@@ -191,9 +191,7 @@ def _selections(op: str, args: argparse.Namespace) -> list[Selection]:
     groups = [g for g in dict.fromkeys(args.neuron_groups) if g > 1 or op != "subnet_grad"]
     p = args.rank_factor
     found = [Selection(f"groups of {g}", p, p, g) for g in groups]
-    if op == "gather_columns":
-        found += [Selection(f"{share:g} of the inputs", share, 1.0) for share in FEW_INPUTS]
-    return found
+    return found + [Selection(f"{share:g} of the inputs", share, 1.0) for share in FEW_INPUTS]
 
 
 def _plan(ops: list[str], linears: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
