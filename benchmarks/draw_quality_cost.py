@@ -33,6 +33,7 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "lora-r8": "lora-r64",
     "lora-r8-decay": "lora-r64",
     "lora-as-1/8": "lora-r40",  # ranks 5 and 20 of 512
+    "lora-as-3/32": "lora-r240",  # 30
     "lora-as-1/4": "lora-r160",
     "dora-r8": "dora-r64",
     "pissa-r8": "lora-r64",
@@ -45,6 +46,8 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "losia-1/4-T50": "losia-pro-1/4x1/4+profile",
     "losia-1/4-g8": "losia-pro-1/4x1/4-g8",
     "losia-1/4-g16": "losia-pro-1/4x1/4-g16",
+    "losia-3/32x1-decay": "losia-pro-3/32x1-base_decay=0.5",
+    "losia-3/32x1-decay-1": "losia-pro-3/32x1-base_decay=1",
     "losia-1/8x1-decay": "losia-pro-1/8x1-base_decay=0.5",
     "losia-1/8x1": "losia-pro-1/8x1",
     "losia-1/16x1": "losia-pro-1/16x1",
