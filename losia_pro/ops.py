@@ -25,7 +25,11 @@ from .selection import are_runs
 OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
 
 _lib = torch.library.Library("losia_pro", "DEF")
-_lib.define("gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor")
+_lib.define(
+    "gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor",
+    # Any strides will do: bound to the trace's, Inductor writes x a second time for the op.
+    tags=torch.Tag.flexible_layout,
+)
 _lib.define(
     "subnet_grad(Tensor dy, Tensor x_sub, Tensor out_idx, *, int group=1, "
     "ScalarType? out_dtype=None, str? impl=None) -> Tensor"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import run_and_get_code
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from toys import Block
@@ -88,6 +93,32 @@ def test_moved_subnets_are_followed_without_recompiling(backend):
                 m.write_back()
             for got, want in zip(gradients(b, compiled, x), gradients(b, b, x), strict=True):
                 assert torch.equal(got, want)
+
+
+def test_the_compiler_writes_an_input_once_for_the_gather_and_the_product(monkeypatch):
+    """Where the op binds its input's strides, Inductor computes x a second time for it."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 24, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(2 * x)
+
+    model = Scaled()
+    config = losia_pro.LosiaConfig(in_factor=1 / 2, neuron_group=4, target_modules=["linear"])
+    losia_pro.attach(model, config)
+    x = torch.randn(2, 3, 16)
+    # The code is looked at, and not run: no C++ compiler is asked for it.
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, (code, *_) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    read = r"(?:reinterpret_tensor\()?(buf\d+)"
+    gathered = re.findall(r"gather_columns\.default\(" + read, code)
+    multiplied = re.findall(r"extern_kernels\.mm\(" + read, code)
+    assert len(gathered) == 1 and gathered == multiplied
 
 
 def test_indices_changed_after_a_compiled_forward_are_refused():
