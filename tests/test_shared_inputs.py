@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import toys
 from operators import Operators
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import losia_pro
@@ -35,9 +36,9 @@ class Gated(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, n_blocks: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Gated() for _ in range(3))
+        self.layers = nn.ModuleList(Gated() for _ in range(n_blocks))
         self.head = nn.Linear(WIDTH, toys.OUT)
         self.checkpoints: bool | None = None  # None: no checkpointing; else use_reentrant
 
@@ -107,6 +108,31 @@ def test_a_linear_that_is_called_twice_shares_nothing():
     model = nn.Sequential(Twice(), Twice())
     losia = losia_pro.attach(model, CONFIG, example=EXAMPLE)
     assert all(len(names) == 1 for names in losia.sets)
+
+
+def test_compiled_blocks_are_not_compiled_anew_to_be_watched():
+    """The hooks are another graph for each linear: past PyTorch's limit of them, blocks run uncompiled for good."""
+    torch._dynamo.reset()
+    counters.clear()
+    calls = []
+
+    def backend(graph, _):
+        return lambda *inputs: calls.append(graph) or graph(*inputs)
+
+    blocks = torch._dynamo.config.recompile_limit + 2
+    model = Model(blocks)
+    for layer in model.layers:
+        layer.compile(backend=backend)
+    batch = toys.batches(1, width=WIDTH)[0]
+    toys.loss_of(model, batch).backward()
+    assert len(calls) == blocks
+    losia = losia_pro.attach(model, CONFIG, example=EXAMPLE)
+    optimizer = torch.optim.AdamW(losia.parameters(), lr=1e-2)
+    losia.bind(optimizer)
+    calls.clear()
+    list(toys.train(model, optimizer, [batch]))
+    assert len(calls) == blocks and not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_it_is_off_by_default_and_the_first_subnets_are_shared_when_on():
