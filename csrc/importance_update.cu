@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(THREADS) importance_update_kernel(ImportanceUp
     if (u.grad) g += u.grad[i];
     const float gw = g * u.scale * widen(weight[row * u.weight_stride_r + column * u.weight_stride_c]);
     const float now = u.variant == 0 ? fabsf(gw - 0.5f * gw * gw) : u.variant == 1 ? fabsf(gw) : gw * gw;
-    const float smoothed = u.beta1 * widen(importance[i]) + (1 - u.beta1) * now;
+    const float smoothed = u.beta1 * widen(importance[i]) + u.rest1 * now;
     importance[i] = convert<Kept>(smoothed);
-    uncertainty[i] = convert<Kept>(u.beta2 * widen(uncertainty[i]) + (1 - u.beta2) * fabsf(now - smoothed));
+    uncertainty[i] = convert<Kept>(u.beta2 * widen(uncertainty[i]) + u.rest2 * fabsf(now - smoothed));
   }
 }
 

@@ -25,7 +25,7 @@ struct ImportanceUpdate {
   const void* weight;
   const float *product, *grad;
   int64_t rows, columns, weight_stride_r, weight_stride_c;
-  float beta1, beta2, scale;
+  float beta1, rest1, beta2, rest2, scale;  // rest1 = 1 - beta1, rest2 = 1 - beta2
   int variant;  // 0: |gw - (gw)^2 / 2|, 1: |gw|, 2: (gw)^2
   Dtype weight_dtype, kept_dtype;
 };

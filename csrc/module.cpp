@@ -34,13 +34,13 @@ void gather_columns(uintptr_t x, uintptr_t in_idx, uintptr_t out, int64_t tokens
 
 void importance_update(uintptr_t importance, uintptr_t uncertainty, uintptr_t weight, uintptr_t product,
                        uintptr_t grad, int64_t rows, int64_t columns, int64_t weight_stride_r,
-                       int64_t weight_stride_c, float beta1, float beta2, float scale, int variant,
-                       int weight_dtype, int kept_dtype, int device, uintptr_t stream) {
+                       int64_t weight_stride_c, float beta1, float rest1, float beta2, float rest2, float scale,
+                       int variant, int weight_dtype, int kept_dtype, int device, uintptr_t stream) {
   use(device);
   const losia::ImportanceUpdate update{
       pointer<void>(importance), pointer<void>(uncertainty),  pointer<const void>(weight),
       pointer<const float>(product), pointer<const float>(grad), rows, columns, weight_stride_r, weight_stride_c,
-      beta1, beta2, scale, variant, losia::Dtype(weight_dtype), losia::Dtype(kept_dtype)};
+      beta1, rest1, beta2, rest2, scale, variant, losia::Dtype(weight_dtype), losia::Dtype(kept_dtype)};
   check("importance_update", losia::importance_update(update, pointer<CUstream_st>(stream)));
 }
 

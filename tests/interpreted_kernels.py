@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lerps
+import numpy as np
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
@@ -122,6 +123,29 @@ def test_importance_update_follows_its_equation(
     # g's rounding is at most tokens ulps of its terms' size; squaring doubles it, the rest are few operations.
     bound = 4 * max(tokens, 1) * torch.finfo(torch.float32).eps
     assert relative(smoothed, truth_i) <= bound and relative(uncertain, truth_u) <= bound
+
+
+def test_what_a_step_weighs_is_rounded_once(monkeypatch):
+    """1 - fp32(0.85) is 1.6e-7 of it away from fp32(1 - 0.85)."""
+    kernel = importance_update.importance_update_kernel
+
+    class Narrow:  # as a GPU's launch passes floats; the interpreter's are fp64
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                args = [float(np.float32(a)) if isinstance(a, float) else a for a in args]
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(importance_update, "importance_update_kernel", Narrow())
+    one = torch.ones(1, 1)
+    smoothed, uncertain = torch.zeros(1, 1), torch.zeros(1, 1)
+    args = (smoothed, uncertain, one, one, one, None, 0.85, 0.5, "first")
+    torch.ops.losia_pro.importance_update_(*args, impl="triton")
+    assert smoothed.item() == torch.tensor(1 - 0.85)
+    args = (smoothed.zero_(), uncertain.zero_(), one, one, one, None, 0.5, 0.85, "first")
+    torch.ops.losia_pro.importance_update_(*args, impl="triton")
+    assert uncertain.item() == torch.tensor(1 - 0.85) / 2
 
 
 def test_importance_in_bf16_is_rounded_once_a_step():

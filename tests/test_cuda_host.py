@@ -50,9 +50,10 @@ class Kernels(types.ModuleType):
 
     def importance_update(
         self, importance, uncertainty, weight, product, grad, rows, columns, stride_r, stride_c,
-        beta1, beta2, scale, variant, weight_dtype, kept_dtype, device, stream,
+        beta1, rest1, beta2, rest2, scale, variant, weight_dtype, kept_dtype, device, stream,
     ):  # fmt: skip
         assert (device, stream) == (0, 7)
+        beta1, rest1, beta2, rest2, scale = torch.tensor([beta1, rest1, beta2, rest2, scale])
         self.rows.append(rows)
         span = (rows - 1) * stride_r + (columns - 1) * stride_c + 1
         w = memory(weight, span, self.DTYPES[weight_dtype])
@@ -67,9 +68,9 @@ class Kernels(types.ModuleType):
         )
         g = g + memory(grad, rows * columns, torch.float32).view(rows, columns) if grad else g
         now = reference.importance(g * scale, w, reference.VARIANTS[variant])
-        smoothed = reference.smooth(i.float(), now, beta1)
+        smoothed = beta1 * i.float() + rest1 * now
         i.copy_(smoothed)
-        u.copy_(reference.uncertainty(u.float(), now, smoothed, beta2))
+        u.copy_(beta2 * u.float() + rest2 * (now - smoothed).abs())
 
     def write_back(
         self, layers, parts, n_parts, log2_columns, weight_dtype, subnet_dtype, key, device, stream
@@ -217,6 +218,18 @@ def test_importance_is_updated_some_rows_at_a_time(
     assert cuda_ops.kernels.rows == [128, 128, 44]
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_what_a_step_weighs_is_rounded_once(cuda_ops):
+    """1 - fp32(0.85) is 1.6e-7 of it away from fp32(1 - 0.85)."""
+    one = torch.ones(1, 1)
+    smoothed, uncertain = torch.zeros(1, 1), torch.zeros(1, 1)
+    cuda_ops.importance_update_(smoothed, uncertain, one, one, one, None, 0.85, 0.5, "first")
+    assert smoothed.item() == torch.tensor(1 - 0.85)
+    cuda_ops.importance_update_(
+        smoothed.zero_(), uncertain.zero_(), one, one, one, None, 0.5, 0.85, "first"
+    )
+    assert uncertain.item() == torch.tensor(1 - 0.85) / 2
 
 
 @pytest.mark.parametrize("key", [None, 2**62 + 5], ids=["nearest", "stochastic"])

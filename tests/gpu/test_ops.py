@@ -223,6 +223,18 @@ def test_importance_update_is_as_exact_as_pytorch(impl, tokens, out, into, dtype
         assert ours <= 2 * max(own, least)
 
 
+def test_what_a_step_weighs_is_rounded_once(impl):
+    """1 - fp32(0.85) is 1.6e-7 of it away from fp32(1 - 0.85)."""
+    usable("importance_update_", impl)
+    one = torch.ones(1, 1, device=DEVICE)
+    for betas in ((0.85, 0.5), (0.5, 0.85)):
+        kept = torch.zeros_like(one), torch.zeros_like(one)
+        args = (*kept, one, one, one, None, *betas, "first")
+        torch.ops.losia_pro.importance_update_(*args, impl=impl)
+        which, halved = (kept[0], 1) if betas[0] == 0.85 else (kept[1], 2)
+        assert which.item() == torch.tensor(1 - 0.85) / halved
+
+
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("tokens", [64, 0])
 def test_importance_update_follows_its_equation(impl, variant, tokens):
