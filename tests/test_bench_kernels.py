@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from losia_pro import dispatch, torch_ops
+from losia_pro import SubnetLinear, dispatch, torch_ops
 from losia_pro.cli import main
-from losia_pro.cli.bench import kernel_tables, timing, traffic
+from losia_pro.cli.bench import host, kernel_tables, timing, traffic
 from losia_pro.cli.bench.points import Candidate
 from losia_pro.cli.bench.shapes import MODELS, SELECTIONS, unique_linears
 from losia_pro.cli.bench.table import number, table
@@ -42,7 +44,7 @@ def test_every_operation_is_timed_against_plain_pytorch_and_least_traffic(tmp_pa
         ("host", "eager"),
     } <= found
     for row in record["rows"]:
-        names = {"F.linear", "SubnetLinear"} if row["op"] == "host" else {"library", "default"}
+        names = set(host.CHAINS) if row["op"] == "host" else {"library", "default"}
         names -= {"library"} if row["selection"] == "single, stochastic" else set()
         assert names <= set(row["candidates"])
         for candidate in row["candidates"].values():
@@ -65,6 +67,41 @@ def test_the_shapes_of_a_model_are_measured_once_each(tmp_path):
     assert {r["in"] for r in record["rows"] if r["op"] == "gather_columns"} == {128, 256}
     shapes = {(r["in"], r["out"]) for r in record["rows"] if r["op"] == "subnet_grad"}
     assert shapes == {(128, 128), (128, 256), (256, 128)}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_the_least_function_gives_what_the_layer_gives(how):
+    torch.manual_seed(0)
+    layer = SubnetLinear(32, 48, bias=False, rank_factor=1 / 4)
+    layers, found = (layer, host.Least(layer)), []
+    dy = torch.randn(5, 48)
+    for each in layers:
+        x = torch.arange(160.0).view(5, 32).requires_grad_()
+        y = (torch.compile(each, fullgraph=True) if how == "compiled" else each)(x)
+        y.backward(dy)
+        found.append((y, x.grad, each.subnet.grad))
+    for ours, least in zip(*found, strict=True):
+        torch.testing.assert_close(least, ours)
+
+
+def test_a_host_row_says_how_far_the_layer_is_from_both(monkeypatch):
+    """Of each round: what lies beyond is not a difference of medians."""
+    took = {"F.linear": [1.0, 5.0, 6.0], "least Function": [3.0, 6.0, 7.0]}
+    took["SubnetLinear"] = [4.0, 9.0, 20.0]
+    names = iter(host.CHAINS)
+
+    def sampler(*_):
+        times = itertools.cycle(took[next(names)])
+        return lambda: next(times)
+
+    monkeypatch.setattr(host, "_sampler", sampler)
+    monkeypatch.setattr(host, "REPEATS", 3)
+    monkeypatch.setattr(host, "MAX_ROUNDS", 1)
+    row = host.measure("eager", CPU, torch.float32)
+    assert row["beyond"]["median_us"] == 4 and row["beyond_least"]["median_us"] == 3
+    head, _, line = kernel_tables.block([row]).splitlines()
+    assert re.split(r"  +", head.strip()) == [*host.CHAINS, "beyond F.linear", "beyond least"]
+    assert line.split() == ["eager", "5.00", "6.00", "9.00", "4.00", "3.00"]
 
 
 def answer_with(monkeypatch, op: str, result) -> None:

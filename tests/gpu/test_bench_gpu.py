@@ -53,6 +53,7 @@ def test_kernels_are_right_and_timed_by_graph_replays(tmp_path):
     assert {row["selection"] for row in content["rows"] if row["op"] == "host"} == {
         "eager", "compiled", "graphs",
     }  # fmt: skip
+    assert all("beyond_least" in row for row in content["rows"] if row["op"] == "host")
     assert content["limits"]["bandwidth"] > 1e11 and content["limits"]["flops"] > 1e13
 
 

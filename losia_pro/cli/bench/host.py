@@ -1,7 +1,9 @@
 """Host time of a converted linear: forward and backward together, beyond a frozen ``nn.Linear``'s.
 
 A chain of linears so small that the device is never the slower of the two; the wall clock is read when the last
-launch has been made, before the device has finished. Both chains take turns.
+launch has been made, before the device has finished. The chains take turns. Between the two, the least that a layer
+with a trained block can cost: an ``autograd.Function`` that makes the launches which any such layer needs, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losia_pro import SubnetLinear
@@ -19,16 +22,17 @@ from losia_pro import SubnetLinear
 from .kernel_tables import figures
 from .timing import MAX_ROUNDS, stats, synchronize
 
+LINEAR, LEAST, CONVERTED = CHAINS = ("F.linear", "least Function", "SubnetLinear")
 LAYERS, WIDTH, TOKENS = 16, 64, 8
 REPEATS = 3  # of all rounds
 
 
 def measure(how: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The row of ``how``: "eager", "compiled" for both chains under ``torch.compile``, or "graphs" for the same
+    """The row of ``how``: "eager", "compiled" for the chains under ``torch.compile``, or "graphs" for the same
     replayed as CUDA graphs."""
     samples: dict[str, Callable[[], float]] = {}
-    for name, converted in (("F.linear", False), ("SubnetLinear", True)):
-        chain, trained = _chain(converted, device, dtype)
+    for name in CHAINS:
+        chain, trained = _chain(name, device, dtype)
         run: Callable[[Tensor], Tensor] = chain
         if how != "eager":
             run = torch.compile(chain, mode="reduce-overhead" if how == "graphs" else "default")
@@ -45,29 +49,69 @@ def measure(how: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any
         if collecting:
             gc.enable()
     found = {name: stats(t) for name, t in times.items()}
-    beyond = [a - b for a, b in zip(times["SubnetLinear"], times["F.linear"], strict=True)]
+
+    def beyond(other: str) -> dict[str, Any]:
+        pairs = zip(times[CONVERTED], times[other], strict=True)
+        return figures(stats([a - b for a, b in pairs]))
+
     return {
         "op": "host",
         "selection": how,
         "candidates": {name: figures(s) for name, s in found.items()},
-        "beyond": figures(stats(beyond)),
+        "beyond": beyond(LINEAR),
+        "beyond_least": beyond(LEAST),
         "timed_by": "wall clock of the host, a linear",
     }
 
 
-def _chain(
-    converted: bool, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, list[Tensor]]:
-    linears: list[nn.Module] = []
+def _chain(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
+    layers: list[nn.Module] = []
     trained: list[Tensor] = []
     for _ in range(LAYERS):
-        linear: nn.Linear = nn.Linear(WIDTH, WIDTH, bias=False, device=device, dtype=dtype)
-        linear.requires_grad_(False)
-        if converted:
-            linear = SubnetLinear.from_linear(linear)
-            trained.append(linear.subnet)
-        linears.append(linear)
-    return nn.Sequential(*linears), trained
+        linear = nn.Linear(WIDTH, WIDTH, bias=False, device=device, dtype=dtype)
+        layer: nn.Module = linear.requires_grad_(False)
+        if name != LINEAR:
+            converted = SubnetLinear.from_linear(linear)
+            layer = converted if name == CONVERTED else Least(converted)
+            trained.append(layer.subnet)
+        layers.append(layer)
+    return nn.Sequential(*layers), trained
+
+
+class Least(nn.Module):
+    """What ``layer`` computes, and nothing that it checks, chooses or offers; the subnet in the weight's dtype."""
+
+    def __init__(self, layer: SubnetLinear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.subnet = nn.Parameter(layer.subnet.detach().to(layer.weight.dtype))
+        self.register_buffer(
+            "out_idx", layer.out_idx
+        )  # as the layer: CUDA graphs copy other tensors
+        self.register_buffer("in_idx", layer.in_idx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: dict[str, Any] = self._parameters  # quicker than self.weight
+        idx: dict[str, Any] = self._buffers
+        apply = LeastFunction.apply if torch.compiler.is_compiling() else _apply
+        return apply(x, own["weight"], own["subnet"], idx["out_idx"], idx["in_idx"])  # type: ignore[no-any-return]
+
+
+class LeastFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, subnet: Tensor, out_idx: Tensor, in_idx: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, out_idx, x.index_select(1, in_idx))
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, out_idx, x_sub = ctx.saved_tensors
+        return dy @ weight, None, dy.index_select(1, out_idx).T @ x_sub, None, None
+
+
+_apply = super(torch.autograd.Function, LeastFunction).apply  # type: ignore[misc]  # as SubnetLinear calls its own
 
 
 def _sampler(

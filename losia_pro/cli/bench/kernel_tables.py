@@ -57,16 +57,18 @@ def block(rows: list[Row]) -> str:
 
 
 def _host(rows: list[Row]) -> str:
+    names = ("F.linear", "least Function", "SubnetLinear")
     lines = [
         [
             row["selection"],
-            *(number(median(row, name)) for name in row["candidates"]),
+            *(number(median(row, name)) for name in names),
             number(row["beyond"]["median_us"]),
+            number(row["beyond_least"]["median_us"]),
         ]
         for row in rows
         if "failed" not in row
     ]
-    return table(["", "F.linear", "SubnetLinear", "beyond F.linear"], lines)
+    return table(["", *names, "beyond F.linear", "beyond least"], lines)
 
 
 def _time(row: Row, name: str) -> str:
