@@ -23,7 +23,8 @@ SETTINGS = (
     "scheduler",
     "warmup",
     "lr",
-    "rank_factor",
+    "in_factor",
+    "out_factor",
     "period",
     "base_decay",
 )

@@ -20,7 +20,7 @@ from losia_pro.cli import main as losia_pro
 
 RESULT = Path(__file__).parent / "results" / "example-learning-rates.json"
 SERIES = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in (1, 2, 5)]
-FIRST = {"losia-pro": (5e-3, 1e-2, 2e-2), "lora": (1e-3, 2e-3, 5e-3), "full": (2e-4, 5e-4, 1e-3)}
+FIRST = {"losia-pro": (2e-3, 5e-3, 1e-2), "lora": (1e-3, 2e-3, 5e-3), "full": (2e-4, 5e-4, 1e-3)}
 SEEDS = (0, 1, 2)
 FLAGS = ["--eval-split", "0.1", "--compare", "none", "--eval-steps", "1000", "--save-steps", "none"]
 
@@ -61,7 +61,8 @@ class Results:
             "max_length",
             "scheduler",
             "warmup",
-            "rank_factor",
+            "in_factor",
+            "out_factor",
             "period",
             "base_decay",
         )
