@@ -85,9 +85,8 @@ class Least(nn.Module):
         super().__init__()
         self.weight = layer.weight
         self.subnet = nn.Parameter(layer.subnet.detach().to(layer.weight.dtype))
-        self.register_buffer(
-            "out_idx", layer.out_idx
-        )  # as the layer: CUDA graphs copy other tensors
+        # Buffers, as the layer's are: CUDA graphs copy other tensors.
+        self.register_buffer("out_idx", layer.out_idx)
         self.register_buffer("in_idx", layer.in_idx)
 
     def forward(self, x: Tensor) -> Tensor:
