@@ -33,7 +33,7 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "lora-r8": "lora-r64",
     "lora-r8-decay": "lora-r64",
     "lora-as-1/8": "lora-r40",  # ranks 5 and 20 of 512
-    "lora-as-3/32": "lora-r240",  # 30
+    "lora-as-3/32x1": "lora-r240",  # 30
     "lora-as-1/4": "lora-r160",
     "dora-r8": "dora-r64",
     "pissa-r8": "lora-r64",

@@ -16,8 +16,8 @@ in columns of GROUP_M, so that those in flight share operands in L2. To change t
 to `candidates` and let `losia-pro tune` measure it: any powers of two of at least 16 are correct; a stage takes
 (BLOCK_M + BLOCK_N) BLOCK_K e bytes of shared memory.
 
-Of fp32 operands, BLOCK_K terms are summed at a time and their sums added up: after one chain of T multiply-adds,
-importance has four times the error that it has after a library's product (T = 1000, on an H200).
+Of fp32 operands, BLOCK_K terms are summed at a time and their sums added up: one chain of T multiply-adds errs more
+than a library's product does.
 """
 
 from __future__ import annotations

@@ -131,7 +131,11 @@ def subnet_grad(
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
     whole = group == dy.shape[1]
     run = hardware_run(group)
-    tuned = lookup(dy.device, "subnet_grad", dy.dtype, n_out, n_in, run) if run > 1 else None
+    tuned = None
+    # Of all columns fp32's splits would be many times the weight's size.
+    if run > 1 and not (whole and dy.dtype == torch.float32):
+        key = n_out, n_in, group if whole else run
+        tuned = lookup(dy.device, "subnet_grad", dy.dtype, *key)
     if fused is None:
         # Where this kernel was faster than a gather and the library's product on an H200, or was measured to be.
         fused = tuned is not None or (not whole and run > 1 and n_out >= 128 and n_in <= 1024)

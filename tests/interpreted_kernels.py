@@ -126,7 +126,7 @@ def test_importance_update_follows_its_equation(
 
 
 def test_what_a_step_weighs_is_rounded_once(monkeypatch):
-    """1 - fp32(0.85) is 1.6e-7 of it away from fp32(1 - 0.85)."""
+    """1 - fp32(0.85) is 2.0e-7 of it away from fp32(1 - 0.85)."""
     kernel = importance_update.importance_update_kernel
 
     class Narrow:  # as a GPU's launch passes floats; the interpreter's are fp64

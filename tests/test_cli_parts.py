@@ -280,6 +280,14 @@ def test_the_examples_learning_rates_are_the_tuned_ones():
         assert min(mean) < chosen < max(mean), "a worse rate on both sides"
 
 
+def test_a_rank_factor_for_the_example_is_of_both_sides():
+    assert options.resolve({}).in_factor == options.JOB["in_factor"]
+    given = options.resolve({"rank_factor": 1 / 4})
+    assert (given.rank_factor, given.in_factor, given.out_factor) == (1 / 4, None, None)
+    both = options.resolve({"rank_factor": 1 / 4, "in_factor": 1 / 8})
+    assert (both.rank_factor, both.in_factor, both.out_factor) == (1 / 4, 1 / 8, None)
+
+
 def test_the_module_is_the_command_line(monkeypatch, capsys):
     import runpy
     import sys

@@ -221,7 +221,7 @@ def test_importance_is_updated_some_rows_at_a_time(
 
 
 def test_what_a_step_weighs_is_rounded_once(cuda_ops):
-    """1 - fp32(0.85) is 1.6e-7 of it away from fp32(1 - 0.85)."""
+    """1 - fp32(0.85) is 2.0e-7 of it away from fp32(1 - 0.85)."""
     one = torch.ones(1, 1)
     smoothed, uncertain = torch.zeros(1, 1), torch.zeros(1, 1)
     cuda_ops.importance_update_(smoothed, uncertain, one, one, one, None, 0.85, 0.5, "first")

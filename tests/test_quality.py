@@ -156,6 +156,27 @@ def test_a_saved_base_model_is_read_back_bit_for_bit(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_the_same_base_model_is_made_again_and_nothing_stays_deterministic(monkeypatch):
+    """A sum of many terms into one place is refused, or summed in an order, while it is made."""
+    seen = []
+    loss = model.training_loss
+
+    def watched(*args):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return loss(*args)
+
+    monkeypatch.setattr(model, "training_loss", watched)
+    setting = settings.dataclasses.replace(TOY, pretrain_steps=2)
+    first, second = (model.pretrain(setting, text_part(), False) for _ in range(2))
+    assert model.digest(first) == model.digest(second)
+    assert seen == [True] * 4 and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(model, "training_loss", 0)  # which cannot be called
+    with pytest.raises(TypeError):
+        model.pretrain(setting, text_part(), False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("name", [m for m in METHODS if ": " not in m])
 def test_every_method_trains_what_it_says_and_leaves_the_base_alone(name, untrained):
     part = text_part()

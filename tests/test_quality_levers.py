@@ -83,6 +83,9 @@ def test_every_configuration_is_in_the_study_of_all_once(together, others):
     assert set(every) == single and len(every) == len(single)
     claims = [c for s in others for c in studies.STUDIES[s].claims]
     assert len(studies.STUDIES[together].claims) == len(claims)
+    methods = studies.STUDIES[together].methods
+    for claim in studies.STUDIES[together].claims:
+        assert claim.better in methods and claim.worse in methods and claim.better != claim.worse
 
 
 # --- what each does -----------------------------------------------------------------------------------

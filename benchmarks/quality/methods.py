@@ -78,7 +78,7 @@ METHODS = {
     "losia-default": Method("losia", -4, 1),
     "losia-3/32x1-decay": losia(1, in_factor=3 / 32, out_factor=1, base_decay=0.5, **FIXED),
     "losia-3/32x1-decay-1": losia(1, in_factor=3 / 32, out_factor=1, base_decay=1.0, **FIXED),
-    "lora-as-3/32": _lora(1, area=3 / 32),
+    "lora-as-3/32x1": _lora(1, area=3 / 32),
     "losia-1/8x1-decay": losia(1, in_factor=1 / 8, out_factor=1, base_decay=0.5, **FIXED),
     "lora-r8-decay": replace(_lora(1, r=8), lever={"zero_decay": 0.5}),
     "losia-1/8x1": losia(1, in_factor=1 / 8, out_factor=1, **FIXED),

@@ -100,14 +100,16 @@ def batches(part: Part, size: int, steps: int, seed: int) -> Iterator[Part]:
 def deterministic() -> Iterator[None]:
     """For the length of a ``with`` block the same device and versions give the same bits; on a GPU
     CUBLAS_WORKSPACE_CONFIG must be set. A compiler times no candidates then."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with torch._inductor.config.patch(deterministic=True):
             yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @deterministic()

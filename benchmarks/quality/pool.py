@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,8 +30,6 @@ class Place:
 def work(connection: Connection, setting: Setting) -> None:
     """A worker: takes its place and then jobs until there is None, answers with rows. The job "pretrain" makes the
     base model."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic pretraining asks for
     import torch
 
     from . import corpora, model, studies, training  # noqa: F401 - the studies' methods

@@ -3,7 +3,7 @@
 ``python -m benchmarks.quality --study NAME`` runs one as it runs the table, with a learning rate searched for every
 configuration; its record ends with a sentence for each claim: whether these runs agree. All have, unless
 they say otherwise, ``p = 1/8`` and ``T = 10``, with which each block moves several times in a run. ``--study paper``
-makes them all but the last, period against data, in one record; ``--study levers`` those beyond the paper.
+makes all those with a claim in one record, ``--study levers`` those of ``levers.py``.
 """
 
 from __future__ import annotations

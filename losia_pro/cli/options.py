@@ -95,6 +95,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
         raise CliError(f"--{one} needs --{other} too; without both, the example runs")
     if "model" not in given:
         options.update(JOB, **_embedded())
+        if "rank_factor" in given:  # of both, which the example's own shares would override
+            options.update(in_factor=None, out_factor=None)
     if "steps" in given and "epochs" in given:
         raise CliError("give --steps or --epochs, not both")
     lr = {**options["lr"], **given.get("lr", {})}

@@ -57,7 +57,8 @@ def block(rows: list[Row]) -> str:
 
 
 def _host(rows: list[Row]) -> str:
-    names = ("F.linear", "least Function", "SubnetLinear")
+    rows = [row for row in rows if "failed" not in row]
+    names = list(rows[0]["candidates"]) if rows else []
     lines = [
         [
             row["selection"],
@@ -66,7 +67,6 @@ def _host(rows: list[Row]) -> str:
             number(row["beyond_least"]["median_us"]),
         ]
         for row in rows
-        if "failed" not in row
     ]
     return table(["", *names, "beyond F.linear", "beyond least"], lines)
 
