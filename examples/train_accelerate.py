@@ -29,7 +29,7 @@ def collate(some):
 
 
 batches = DataLoader(texts, EXAMPLES // accelerator.num_processes, collate_fn=collate)
-model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
+model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
 losia = losia_pro.attach(model, losia_pro.LosiaConfig(rank_factor=1 / 8, period=5))
 optimizer = torch.optim.AdamW(losia.parameters(), lr=3e-3)
 model, optimizer, batches = accelerator.prepare(model, optimizer, batches)

@@ -25,7 +25,7 @@ tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny-llama")
 lines = (HERE / "rst-to-markdown" / "train.jsonl").read_text().splitlines()
 texts = [line["prompt"] + line["response"] + tokenizer.eos_token for line in map(json.loads, lines)]
 
-model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama").to(device)
+model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32).to(device)
 losia = losia_pro.attach(model, losia_pro.LosiaConfig(period=10))
 ddp = DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(losia.parameters(), lr=3e-3)

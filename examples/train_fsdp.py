@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny-llama")
 lines = (HERE / "rst-to-markdown" / "train.jsonl").read_text().splitlines()
 texts = [line["prompt"] + line["response"] + tokenizer.eos_token for line in map(json.loads, lines)]
 
-model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
+model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
 losia = losia_pro.attach(model, losia_pro.LosiaConfig(period=5))  # before fully_shard()
 for layer in model.model.layers:
     fully_shard(layer)

@@ -27,7 +27,7 @@ def collate(rows):
 
 
 def base_model():
-    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
+    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
 
 
 config = losia_pro.peft.LosiaConfig(rank_factor=1 / 8, period=5, task_type="CAUSAL_LM")

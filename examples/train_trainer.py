@@ -24,7 +24,7 @@ def collate(rows):
     return {**part, "labels": part["input_ids"].masked_fill(part["attention_mask"] == 0, -100)}
 
 
-model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
+model = AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype="float32")
 losia = losia_pro.attach(model, losia_pro.LosiaConfig(rank_factor=1 / 8, period=5))
 arguments = TrainingArguments(
     str(FOLDER), max_steps=20, per_device_train_batch_size=8, learning_rate=3e-3,
