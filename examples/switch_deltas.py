@@ -33,7 +33,7 @@ def batch(task, step):
 
 
 def base_model():
-    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
 
 
 FOLDER.mkdir(parents=True, exist_ok=True)
