@@ -150,7 +150,7 @@ def _columns(
     if hooks is not None and keeps_nothing(hooks[0]):
         return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it
 
-    if torch.compiler.is_compiling() or shared is None:  # there, equal gathers of one graph are one
+    if shared is None or torch.compiler.is_compiling():  # a compiler makes equal gathers one
         return _gather(flat, in_idx, group, impl)
     return shared.columns(x, flat, lambda flat: _gather(flat, in_idx, group, impl))
 

@@ -95,10 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.summarize:
         return summarize(args.summarize)
     begun = time.perf_counter()
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # deterministic pretraining asks for it
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # of each worker
+    # What deterministic pretraining asks for, and one thread for each worker's compiler; both are inherited.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         wanted = args.device != "cpu" and not args.dry_run if args.mps is None else args.mps
