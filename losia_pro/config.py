@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+IN_FACTOR, OUT_FACTOR = 3 / 32, 1.0  # of a subnet, by default
+
 
 @dataclass(frozen=True)
 class LosiaConfig:
@@ -31,8 +33,8 @@ class LosiaConfig:
     their effect on quality is not yet known well enough to make them the default.
 
     Args:
-        rank_factor: ``p``: a subnet has ``floor(in * p)`` inputs and ``floor(out * p)`` outputs. None: a sixteenth
-            of the inputs, and all outputs.
+        rank_factor: ``p``: a subnet has ``floor(in * p)`` inputs and ``floor(out * p)`` outputs. None: 3/32 of the
+            inputs, and all outputs.
         in_factor, out_factor: override that for the inputs or the outputs alone.
         period: ``T``, the slot's length in optimizer steps: every ``T`` steps one block's subnets are
             chosen anew, and their learning rate is rewarmed over the next ``T``. None: subnets stay
@@ -153,12 +155,12 @@ class LosiaConfig:
 
     def n_in(self, in_features: int) -> int:
         """``|X_S|`` of a targeted linear with that many inputs."""
-        factor = _first(self.in_factor, self.rank_factor, 1 / 16)
+        factor = _first(self.in_factor, self.rank_factor, IN_FACTOR)
         return subnet_size(in_features, factor, self.neuron_group)
 
     def n_out(self, out_features: int) -> int:
         """``|Y_S|`` of a targeted linear with that many outputs."""
-        factor = _first(self.out_factor, self.rank_factor, 1.0)
+        factor = _first(self.out_factor, self.rank_factor, OUT_FACTOR)
         return subnet_size(out_features, factor, self.neuron_group)
 
     def to_dict(self) -> dict[str, Any]:

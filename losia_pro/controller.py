@@ -238,7 +238,7 @@ class Losia:
         The base's values of all that may have been changed, biases too, are put in place, and after it the
         tuned ones, bit for bit both ways; a graph from before the block is good again after it. Kept for this,
         on the CPU: each entry that was ever in a subnet, once, in the weight's dtype, and 8 bytes a row and a
-        column of each place; 1/16 of the adapted weights by default, until a subnet moves.
+        column of each place; 3/32 of the adapted weights by default, until a subnet moves.
 
         Raises, within the block:
             RuntimeError: a forward that would train, an optimizer's step, saving, loading or ``detach``.

@@ -269,8 +269,12 @@ def test_the_examples_learning_rates_are_the_tuned_ones():
     rates = options.JOB["lr"]
     assert {m: rates[m] for m in tuned["chosen"]} == tuned["chosen"]
     assert rates["losia"] == rates["losia-pro"]
-    for name, value in tuned["settings"].items():
-        assert {**options.DEFAULTS, **options.JOB}[name] == value, name
+    job, settings = {**options.DEFAULTS, **options.JOB}, dict(tuned["settings"])
+    factors = {n: settings.pop(n) for n in ("rank_factor", "in_factor", "out_factor")}
+    then, now = LosiaConfig(**factors), LosiaConfig(**{n: job[n] for n in factors})
+    assert (then.n_in(4096), then.n_out(4096)) == (now.n_in(4096), now.n_out(4096))
+    for name, value in settings.items():
+        assert job[name] == value, name
     for method, chosen in tuned["chosen"].items():
         runs = [r for r in tuned["runs"] if r["method"] == method]
         mean = {
@@ -278,14 +282,6 @@ def test_the_examples_learning_rates_are_the_tuned_ones():
         }
         assert min(mean, key=mean.get) == chosen
         assert min(mean) < chosen < max(mean), "a worse rate on both sides"
-
-
-def test_a_rank_factor_for_the_example_is_of_both_sides():
-    assert options.resolve({}).in_factor == options.JOB["in_factor"]
-    given = options.resolve({"rank_factor": 1 / 4})
-    assert (given.rank_factor, given.in_factor, given.out_factor) == (1 / 4, None, None)
-    both = options.resolve({"rank_factor": 1 / 4, "in_factor": 1 / 8})
-    assert (both.rank_factor, both.in_factor, both.out_factor) == (1 / 4, 1 / 8, None)
 
 
 def test_the_module_is_the_command_line(monkeypatch, capsys):

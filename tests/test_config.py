@@ -117,10 +117,10 @@ def test_a_size_is_the_exact_floor_in_whole_groups(features, over, group):
 @pytest.mark.parametrize(
     ("settings", "n_out", "n_in"),
     [
-        ({}, 100, 4),
+        ({}, 100, 6),
         ({"rank_factor": 0.3}, 30, 19),
         ({"in_factor": 1 / 64}, 100, 1),
-        ({"out_factor": 0.5}, 50, 4),
+        ({"out_factor": 0.5}, 50, 6),
         ({"in_factor": 1 / 64, "rank_factor": 1 / 8}, 12, 1),
         ({"out_factor": 1.0, "rank_factor": 1 / 8}, 100, 8),
         ({"in_factor": 0.5, "out_factor": 0.25, "rank_factor": 1.0}, 25, 32),

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from losia_pro.config import IN_FACTOR, OUT_FACTOR
 from losia_pro.optim import AdamW
 from losia_pro.profile import Profile
 from losia_pro.schedule import Schedule
@@ -39,7 +40,7 @@ from .methods import LINEARS, Lever, Method, losia
 if TYPE_CHECKING:
     from .methods import Prepared
 
-FIXED: dict[str, Any] = {"in_factor": 1 / 16, "out_factor": 1, "period": None}
+FIXED: dict[str, Any] = {"in_factor": IN_FACTOR, "out_factor": OUT_FACTOR, "period": None}
 SLOTS: dict[str, Any] = {**FIXED, "period": 50}
 OFTEN: dict[str, Any] = {**FIXED, "period": 10}  # at 50, a block moves once in 400 steps
 
@@ -49,7 +50,8 @@ def _pull(basis: dict[str, Any], start: int = -4, **lever: Any) -> Method:
 
 
 BF16 = {"weights": "bfloat16"}
-EIGHTH: dict[str, Any] = {"in_factor": 1 / 8, "out_factor": 1, "period": None}
+EIGHTH: dict[str, Any] = {**FIXED, "in_factor": 1 / 8}
+SIXTEENTH: dict[str, Any] = {**FIXED, "in_factor": 1 / 16}
 STUDIES: dict[str, dict[str, Method]] = {
     "base-decay": {
         "none": losia(**FIXED),
@@ -97,20 +99,26 @@ STUDIES: dict[str, dict[str, Method]] = {
         "bf16 subnets": _pull({**FIXED, "subnet_dtype": "bfloat16"}, **BF16),
     },
     "sizes": {
-        "1/16 x 1": losia(**FIXED),
-        "1/32 x 1": losia(in_factor=1 / 32, out_factor=1, period=None),
+        "3/32 x 1": losia(**FIXED),
+        "1/32 x 1": losia(**{**FIXED, "in_factor": 1 / 32}),
+        "1/16 x 1": losia(**SIXTEENTH),
         "1/8 x 1": losia(**EIGHTH),
-        "1/4 x 1": losia(in_factor=1 / 4, out_factor=1, period=None),
-        "1/8 x 1, groups of 8": losia(**EIGHTH, neuron_group=8),
+        "1/4 x 1": losia(**{**FIXED, "in_factor": 1 / 4}),
         "1/8 x 1, Muon": _pull(EIGHTH, optimizer="muon"),
         "1/8 x 1, bf16 subnets": _pull({**EIGHTH, "subnet_dtype": "bfloat16"}, **BF16),
     },
     "sixteenths": {
-        "1/16 x 1": losia(**FIXED),
+        "1/16 x 1": losia(**SIXTEENTH),
         "1/8 x 1/2": losia(in_factor=1 / 8, out_factor=1 / 2, period=None),
         "1/4 x 1/4": losia(rank_factor=1 / 4, period=None),
         "1 x 1/16": losia(in_factor=1, out_factor=1 / 16, period=None),
-        "1/16 x 1, shared inputs": losia(**FIXED, share_inputs=True),
+    },
+    "fast": {
+        "single": losia(**FIXED),
+        "groups of 8": losia(**FIXED, neuron_group=8),
+        "groups of 16": losia(**FIXED, neuron_group=16),
+        "shared inputs": losia(**FIXED, share_inputs=True),
+        "groups of 16, shared": losia(**FIXED, neuron_group=16, share_inputs=True),
     },
     "start": {
         "random": losia(**FIXED),

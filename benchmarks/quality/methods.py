@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import losia_pro
 from losia_pro import LosiaConfig
+from losia_pro.config import IN_FACTOR, OUT_FACTOR
 
 from .corpora import Part
 from .model import training_loss
@@ -23,6 +24,7 @@ from .model import training_loss
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 CALIBRATION = 4  # batches
 STUDY = 9  # the tier of what is no part of the table
+SIZES = {"rank_factor", "in_factor", "out_factor"}
 Lever = dict[str, Any]  # what levers.py does beside the configuration, by name
 
 
@@ -45,6 +47,10 @@ class Method:
         if self.kind == "losia":
             settings = LosiaConfig(**settings).to_dict()
             settings = {k: v for k, v in settings.items() if v is not None}
+            if not SIZES & settings.keys():  # the default's, which may be another one day
+                settings |= {"in_factor": IN_FACTOR, "out_factor": OUT_FACTOR}
+            if {"in_factor", "out_factor"} <= settings.keys():
+                settings.pop("rank_factor", None)  # overridden
             if not settings["base_decay"]:  # it came later
                 del settings["base_decay"]
         parts = (self.kind, sorted(settings.items()), self.area)
@@ -76,8 +82,10 @@ METHODS = {
     "losia-1/4": losia(1, rank_factor=1 / 4, **FIXED),
     "losia-1/16x1": losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
     "losia-default": Method("losia", -4, 1),
-    "losia-3/32x1-decay": losia(1, in_factor=3 / 32, out_factor=1, base_decay=0.5, **FIXED),
-    "losia-3/32x1-decay-1": losia(1, in_factor=3 / 32, out_factor=1, base_decay=1.0, **FIXED),
+    "losia-default-decay-1": Method("losia", -4, 1, {"base_decay": 1.0}),
+    "losia-default-decay-0.7": Method("losia", -4, 1, {"base_decay": 0.7}),
+    "losia-default-no-decay": Method("losia", -4, 1, {"base_decay": 0.0}),
+    "losia-1/16x1-decay": losia(1, in_factor=1 / 16, out_factor=1, base_decay=0.5, **FIXED),
     "lora-as-3/32x1": _lora(1, area=3 / 32),
     "losia-1/8x1-decay": losia(1, in_factor=1 / 8, out_factor=1, base_decay=0.5, **FIXED),
     "lora-r8-decay": replace(_lora(1, r=8), lever={"zero_decay": 0.5}),

@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="p: of the inputs and of the outputs in a subnet (default: see the two that follow)",
     )
     g.add_argument(
-        "--in-factor", type=float, metavar="SHARE", help="of the inputs (default: p, or 1/16)"
+        "--in-factor", type=float, metavar="SHARE", help="of the inputs (default: p, or 3/32)"
     )
     g.add_argument(
         "--out-factor", type=float, metavar="SHARE", help="of the outputs (default: p, or all)"

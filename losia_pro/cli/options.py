@@ -74,8 +74,6 @@ JOB: dict[str, Any] = {
     # Tuned by benchmarks/tune_example.py: see its results/example-learning-rates.json. losia computes
     # the same updates as losia-pro.
     "lr": {"losia-pro": 2e-3, "losia": 2e-3, "lora": 5e-3, "full": 2e-4},
-    "in_factor": 3 / 32,  # half as much again as the default
-    "out_factor": 1.0,
 }
 JOB_MODEL, JOB_DATA = "tiny-llama", "rst-to-markdown"  # under examples/ of a checkout
 JOB_SAYS = "A small Llama that knows reStructuredText learns to turn it into Markdown."
@@ -95,8 +93,6 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
         raise CliError(f"--{one} needs --{other} too; without both, the example runs")
     if "model" not in given:
         options.update(JOB, **_embedded())
-        if "rank_factor" in given:  # of both, which the example's own shares would override
-            options.update(in_factor=None, out_factor=None)
     if "steps" in given and "epochs" in given:
         raise CliError("give --steps or --epochs, not both")
     lr = {**options["lr"], **given.get("lr", {})}

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from losia_pro.config import IN_FACTOR
+
 from .bench import device as devices
 from .bench import kernels, operations
 from .bench.points import LIBRARY, Setting, Way
@@ -33,7 +35,7 @@ from .values import count, names, positive
 
 # By what a launch shape is worth: where there is a CUDA module, it gathers and Triton multiplies.
 OPS = ("subnet_grad", "importance_update_", "gather_columns")
-FEW_INPUTS = (1 / 16, 1 / 64)  # of rectangular subnets, whose outputs are all chosen
+FEW_INPUTS = (IN_FACTOR, 1 / 64)  # of rectangular subnets, whose outputs are all chosen
 GAIN = 0.03  # less than this may be noise
 RULE = "rule"
 
