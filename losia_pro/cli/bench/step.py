@@ -6,6 +6,8 @@ and the gradient with respect to its inputs, without an optimizer: no method tha
 layer with the same dense products can be faster. Each method gets a fresh model; that the loss is finite and that
 everything trained has changed is checked before anything is timed. The floor is measured again at the end of
 each mode, which shows the run's noise; with --pair it is measured before each losia-pro method, on the same model.
+With --breakdown a few more steps of each method are profiled after those that are timed, and the record says by
+which GPU kernels the method differs from its floor.
 
 Methods:
 """
@@ -19,12 +21,12 @@ from typing import Any
 import torch
 
 from ..values import count
+from . import breakdown, methods, models, runs
 from . import device as devices
-from . import methods, models, runs
 from .estimate import row_seconds, step_seconds
 from .record import Record
 from .table import number, ratio, table
-from .trainer import Timed, time_steps
+from .trainer import Trainer, time_steps
 
 __doc__ += "\n".join((methods.__doc__ or "").splitlines()[2:])
 
@@ -49,12 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the floor before each losia-pro method, on its model",
     )
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="say by which GPU kernels a method differs from the floor",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     device = runs.complete(args)
+    if args.breakdown:
+        breakdown.ready(device)
     args.warmup = max(2, args.warmup)  # LoRA's first matrix has no gradient in the first step
-    record = Record("step", args, device, NOT_SHOWN)
+    not_shown = [*NOT_SHOWN, *(breakdown.NOT_SHOWN if args.breakdown else [])]
+    record = Record("step", args, device, not_shown)
     rate = devices.limits(device, runs.DTYPES[args.dtype]).flops
     record.content["product_flops"] = rate
     plan = list(_plan(args, device, rate))
@@ -80,7 +90,7 @@ def _plan(
     others = [name for name in args.methods if name != "floor"]
     for mode in args.modes:
         for method in ["floor", *others, AGAIN] if others else ["floor"]:
-            steps = args.warmup + args.steps
+            steps = args.warmup + args.steps + (breakdown.STEPS if args.breakdown else 0)
             shape = (args.model, args.layers, args.batch, args.length)
             seconds = steps * step_seconds(*shape, method, mode, rate)
             if _paired(args, method):
@@ -101,19 +111,20 @@ def _measure(
     breaks = models.graph_breaks() if m.mode == "compiled" else 0
     if _paired(args, m.method):
         trainer = runs.trainer(args, model, "floor", m.mode, ids)
-        result["own_floor"] = _figures(time_steps(trainer, args.warmup, args.steps, device))
+        result["own_floor"] = _figures(args, trainer, device)
         del trainer
     method = "floor" if m.method == AGAIN else m.method
     trainer = runs.trainer(args, model, method, m.mode, ids)
-    result |= _figures(time_steps(trainer, args.warmup, args.steps, device))
+    result |= _figures(args, trainer, device)
     result["trainable"] = sum(p.numel() for p in trainer.prepared.parameters)
     if m.mode == "compiled":
         result["graph_breaks"] = models.graph_breaks() - breaks
     return result
 
 
-def _figures(timed: Timed) -> dict[str, Any]:
-    return {
+def _figures(args: argparse.Namespace, trainer: Trainer, device: torch.device) -> dict[str, Any]:
+    timed = time_steps(trainer, args.warmup, args.steps, device)
+    figures: dict[str, Any] = {
         "median_ms": round(timed.ms.median, 3),
         "p20_ms": round(timed.ms.p20, 3),
         "p80_ms": round(timed.ms.p80, 3),
@@ -123,15 +134,21 @@ def _figures(timed: Timed) -> dict[str, Any]:
         "last_loss": timed.last_loss,
         "first_step_s": round(timed.first_step_s, 2),
     }
+    if args.breakdown:  # after the timed steps, which it would slow
+        figures["kernels"] = breakdown.kernels_of(trainer.step, device)
+    return figures
 
 
 def _compared(row: runs.Row, floor: runs.Row | None) -> runs.Row:
-    """The floor's figures, and the step's ratio to it."""
-    return {
+    """The floor's figures, the step's ratio to it, and by which kernels it differs."""
+    compared: runs.Row = {
         "floor_ms": floor and floor["median_ms"],
         "floor_peak_bytes": floor and floor["peak_bytes"],
         "ratio": floor and round(row["median_ms"] / floor["median_ms"], 4),
     }
+    if "kernels" in row:
+        compared |= breakdown.figures(row["kernels"], floor and floor["kernels"])
+    return compared
 
 
 def _said(row: runs.Row) -> str:
@@ -159,4 +176,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     head = ["method", "step ms", "p20", "p80", "/floor", "peak GB", "over floor", "trainable"]
-    return table(head, lines)
+    kernels = [
+        breakdown.said(row)
+        for row in rows
+        if row["method"].startswith("losia-pro") and row.get("over_floor") is not None
+    ]
+    return "\n\n".join([table(head, lines), *kernels])
