@@ -14,8 +14,8 @@ import torch
 
 from losia_pro import dispatch
 from losia_pro.cli import main, tune
+from losia_pro.cli.bench import breakdown, kernel_tables, kernels, operations
 from losia_pro.cli.bench import device as devices
-from losia_pro.cli.bench import kernel_tables, kernels, operations
 from losia_pro.cli.bench.meter import AllocatorMeter
 from losia_pro.cli.bench.points import Setting
 
@@ -62,6 +62,26 @@ def test_steps_of_every_kind_run_on_a_gpu(tmp_path):
     words = ["step", "--model", "toy", "--batch", "2", "--length", "128", "--methods", methods]
     content = record(tmp_path, *words, "--modes", "eager,checkpointed,compiled")
     assert {row["status"] for row in content["rows"]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel"), [("eager", "gather_columns_kernel"), ("compiled", "write_back_kernel")]
+)  # a compiler makes the gathers itself
+def test_kernels_over_the_floor_add_up_and_ours_are_among_them(mode, kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(breakdown, "LEAST_MS", 0.0)  # a toy's kernels take microseconds
+    monkeypatch.setattr(breakdown, "MOST", 200)
+    words = ["step", "--model", "toy", "--batch", "2", "--length", "128", "--methods", "losia-pro"]
+    floor, ours, again = record(tmp_path, *words, "--modes", mode, "--breakdown")["rows"]
+    for row in (floor, ours, again):
+        over = sum(k["ms"] - k["floor_ms"] for k in row["over_floor"]) + row["rest_ms"]
+        # each figure is rounded to a thousandth
+        assert over == pytest.approx(
+            row["kernels_ms"] - row["floor_kernels_ms"], abs=1e-3 * (len(row["over_floor"]) + 2)
+        )
+        assert 0 < row["kernels_ms"] < row["median_ms"] * 1.5
+    calls = {k["kernel"].split("::")[-1]: k["calls"] for k in ours["over_floor"]}
+    assert calls[kernel] >= 1
+    assert not any(kernel in k["kernel"] for k in floor["kernels"])
 
 
 def test_components_of_memory_sum_to_the_peak_on_a_gpu(tmp_path):
