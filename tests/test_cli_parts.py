@@ -14,6 +14,7 @@ import torch
 from cli_tools import PAIRS, make_model, make_tokenizer
 from rich.console import Console
 
+from losia_pro import LosiaConfig
 from losia_pro.cli import job, memory, options, values
 from losia_pro.cli.batches import Collate
 from losia_pro.cli.data import Data, Record
@@ -270,7 +271,7 @@ def test_the_examples_learning_rates_are_the_tuned_ones():
     assert {m: rates[m] for m in tuned["chosen"]} == tuned["chosen"]
     assert rates["losia"] == rates["losia-pro"]
     job, settings = {**options.DEFAULTS, **options.JOB}, dict(tuned["settings"])
-    factors = {n: settings.pop(n) for n in ("rank_factor", "in_factor", "out_factor")}
+    factors = {n: settings.pop(n, None) for n in ("rank_factor", "in_factor", "out_factor")}
     then, now = LosiaConfig(**factors), LosiaConfig(**{n: job[n] for n in factors})
     assert (then.n_in(4096), then.n_out(4096)) == (now.n_in(4096), now.n_out(4096))
     for name, value in settings.items():

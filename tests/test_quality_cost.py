@@ -26,7 +26,9 @@ COSTS_NOTHING = {"init", "seed", "period"}  # of a step; that a layer is profile
 
 def costly(config, names):
     """Whether it decays; by how much costs nothing."""
-    return {k: bool(v) if k == "base_decay" else v for k, v in config.to_dict().items() if k in names}
+    return {
+        k: bool(v) if k == "base_decay" else v for k, v in config.to_dict().items() if k in names
+    }
 
 
 @pytest.fixture(scope="module")
