@@ -3,7 +3,7 @@
 What it leaves in ``runs/deltas`` can be looked at, and made a model of its own, from the command line::
 
     losia-pro inspect runs/deltas/markdown.safetensors
-    losia-pro merge examples/tiny-llama runs/deltas/markdown.safetensors runs/deltas/merged
+    losia-pro merge --dtype float32 examples/tiny-llama runs/deltas/markdown.safetensors runs/deltas/merged
 """
 
 import json
@@ -33,7 +33,7 @@ def batch(task, step):
 
 
 def base_model():
-    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama")
+    return AutoModelForCausalLM.from_pretrained(HERE / "tiny-llama", dtype=torch.float32)
 
 
 FOLDER.mkdir(parents=True, exist_ok=True)
