@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import base, checkpoint, decay, delta, rounding, sharded
+from . import base, checkpoint, decay, delta, sharded
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, restore, take_places
 from .discover import check_weights, find_targets, subnet_sizes
-from .dispatch import function
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear
@@ -182,10 +181,9 @@ class Losia:
         for group in range(len(self.groups)):
             factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
             if factor < 1:
-                subnets = [
-                    sharded.local(m.subnet.detach()) for m in self.group_modules(group).values()
-                ]
-                self._before.append((subnets, [s.clone() for s in subnets], factor))
+                subnets = [m.subnet.detach() for m in self.group_modules(group).values()]
+                old = [sharded.local(s).clone() for s in subnets]
+                self._before.append((subnets, old, factor))
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -194,10 +192,9 @@ class Losia:
         # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
         for k, (subnets, old, factor) in enumerate(self._before):
             if subnets[0].dtype != torch.bfloat16:
-                torch._foreach_lerp_(subnets, old, 1 - factor)
+                torch._foreach_lerp_([sharded.local(s) for s in subnets], old, 1 - factor)
             else:
-                key = rounding.key_of(self.config.seed, self.step, k, 1)
-                function("lerp_", subnets[0], None)(subnets, old, 1 - factor, key)
+                decay.lerp_(subnets, old, 1 - factor, self.config.seed, self.step, k, 1)
         self._before = []
         # Here and not before the step: a closure's backward comes in between. The dense weights that
         # importance reads are still those of the forward.

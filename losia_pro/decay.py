@@ -11,6 +11,7 @@ Entries that the loss does not hold away come back, so that less is forgotten of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
         base = base.to(subnet.dtype)
         if subnet.dtype == torch.bfloat16:
             subnets, bases = short.setdefault((subnet.device, group), ([], []))
-            subnets.append(subnet)
+            subnets.append(module.subnet.detach())
             bases.append(base)
             continue
         amount = optimizer.param_groups[group]["lr"] * decay
@@ -67,6 +68,25 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
             amount = amount.to(subnet.device, subnet.dtype)
         subnet.lerp_(base, amount)  # exactly nothing where they are equal
     for k, ((_, group), (subnets, bases)) in enumerate(short.items()):
-        key = rounding.key_of(losia.config.seed, losia.step, k, 2)
         amount = optimizer.param_groups[group]["lr"] * decay
-        function("lerp_", subnets[0], None)(subnets, bases, amount, key)
+        lerp_(subnets, bases, amount, losia.config.seed, losia.step, k, 2)
+
+
+def lerp_(
+    subnets: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, *numbers: int
+) -> None:
+    """``torch_ops.lerp_`` on bf16 subnets of one device, where ``others`` hold the rows that this process trains.
+
+    The key is of ``numbers``, and for sharded subnets of their first rows here: as AdamW's, shards have random bits
+    of their own, while what several processes hold stays the same on all of them.
+    """
+    alike: dict[bool, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+    for subnet, other in zip(subnets, others, strict=True):
+        in_parts = sharded.is_sharded(subnet)
+        own, towards, first = alike.setdefault(in_parts, ([], [], []))
+        own.append(sharded.local(subnet))
+        towards.append(other)
+        first += [sharded.rows(subnet).start] if in_parts else []
+    for own, towards, first in alike.values():
+        key = rounding.key_of(*numbers, *first)
+        function("lerp_", own[0], None)(own, towards, weight, key)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import losia_pro
+from losia_pro import LosiaConfig
 from losia_pro.sharded import local
 
 MIXED = MixedPrecisionPolicy(torch.float32, torch.float64)
@@ -94,6 +95,47 @@ def bf16_subnets() -> tuple[dict[str, Any], dict[str, Any]]:
 
     state = run().go(batches[:5]).state()
     return run().go(batches).end(), run().load(state).go(batches[5:]).end()
+
+
+class HeadWhole(Sharded):
+    """The head's subnet is whole on each process."""
+
+    def wrapped(self, **fsdp: Any) -> nn.Module:
+        *_, head = self.losia.modules.values()
+        return super().wrapped(ignored_params={head.subnet}, **fsdp)
+
+
+def between_two_numbers() -> dict[str, dict[str, Tensor]]:
+    """What this process holds of bf16 subnets that decay, or a rewarmed step, takes to where rounding decides: the
+    same everywhere, for weights, gradients and both processes' data are the same."""
+    batches = [(x.bfloat16(), target) for x, target in data(torch.float32)[:3]]
+    same = [tuple(t.repeat_interleave(2, 0) for t in batch) for batch in batches]
+    ends = {}
+    for what, settings, fsdp in (
+        ("decay", {"rewarm": False}, {}),
+        ("rewarming", {"base_decay": 0.0}, {}),
+        ("replicated decay", {"rewarm": False}, {"mesh": (2, 1)}),
+    ):
+        config = LosiaConfig(
+            rank_factor=1, output_factor=1, period=3, schedule="sync", subnet_dtype="bfloat16",
+            **{"base_decay": 0.5, **settings},
+        )  # fmt: skip
+        model = toys.stack(torch.bfloat16)
+        for p in model.parameters():
+            nn.init.ones_(p)
+        run = HeadWhole(config, signs, model=model, **fsdp).bind().go(same)
+        with torch.no_grad():
+            for p in run.losia.parameters():
+                local(p).fill_(1.5)
+                p.grad = torch.ones_like(p)
+        run.optimizer.step()
+        ends[what] = {n: local(m.subnet.detach()).clone() for n, m in run.losia.modules.items()}
+    return ends
+
+
+def signs(parameters: Any) -> torch.optim.Optimizer:
+    """Steps of two units at 1..2: exact in bf16."""
+    return losia_pro.optim.AdamW(parameters, 2**-6, (0.0, 0.0), weight_decay=0)
 
 
 def resumed() -> list[tuple[dict, dict]]:
@@ -227,7 +269,7 @@ def files(folder: str) -> dict[str, Any]:
 
 
 def everything(folder: str) -> dict[str, Any]:
-    on_two = (half_precision, skipped, overflowing, clipped, calibrated)
+    on_two = (half_precision, skipped, overflowing, clipped, calibrated, between_two_numbers)
     return {
         **{f.__name__: f() for f in on_two if rank_and_size()[1] == 2},
         "ways": every_way(),

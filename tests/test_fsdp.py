@@ -65,6 +65,17 @@ def test_bf16_subnets_are_rounded_by_the_shards(ranks):
         toys.equal_bits(end, ranks[0]["bf16 subnets"][0])
 
 
+@on_two
+def test_shards_are_rounded_by_bits_of_their_own_and_what_both_ranks_hold_alike(ranks):
+    one, other = (rank["between_two_numbers"] for rank in ranks)
+    for what, subnets in one.items():
+        for name, mine in subnets.items():
+            theirs = other[what][name]
+            assert mine.shape == theirs.shape and len(mine.unique()) == 2  # up and down
+            held_by_both = name == "head" or what == "replicated decay"
+            assert torch.equal(mine, theirs) == held_by_both, (what, name)
+
+
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(alone, ranks):
     for rank in ranks:
         assert len(rank["resumed"]) >= 2
