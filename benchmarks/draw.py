@@ -4,7 +4,7 @@
     docs/kernels.png      time over least traffic against the number of tokens, the default and plain PyTorch
 
 Records of one model are drawn together, so modes that were measured in several runs share a figure; of two
-measurements of the same thing the later file's counts. Needs matplotlib alone. Colours are Okabe and Ito's, which
+measurements of the same thing the newer counts. Needs matplotlib alone. Colours are Okabe and Ito's, which
 colour-blind people can tell apart; markers and line styles say the same again. The background is opaque, so that
 the figures can be read on dark and light pages.
 """
@@ -23,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from losia_pro.cli.values import names
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
@@ -55,23 +57,29 @@ def main() -> None:
     )
     parser.add_argument("records", nargs="+", type=Path, help="JSON files of losia-pro bench")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="a folder; default docs")
+    parser.add_argument("--methods", metavar="A,B", type=names, help="of the steps; default all")
     args = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in args.records]
+    records = sorted(
+        (json.loads(path.read_text()) for path in args.records), key=lambda r: r["date"]
+    )
     args.output.mkdir(parents=True, exist_ok=True)
-    drawn = [*draw_steps(records, args.output), *draw_kernels(records, args.output)]
+    drawn = [*draw_steps(records, args.output, args.methods), *draw_kernels(records, args.output)]
     for path in drawn:
         print(path)
     if not drawn:
         raise SystemExit("nothing to draw: no measured step and no timed operation in these files")
 
 
-def draw_steps(records: list[Row], folder: Path) -> Iterable[Path]:
-    """One figure for each model, device and batch shape."""
+def draw_steps(
+    records: list[Row], folder: Path, methods: list[str] | None = None
+) -> Iterable[Path]:
+    """One figure for each model, device and batch shape; of these ``methods``, or of all."""
     found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
     for record in of(records, "step"):
         a = record["arguments"]
         for row in record["rows"]:
-            if row["status"] == "ok" and row["method"] != "floor, again":
+            wanted = methods is None or row["method"] in methods
+            if wanted and row["status"] == "ok" and row["method"] != "floor, again":
                 whose = row["model"], record["device"]["name"], f"{a['batch']} x {a['length']}"
                 found.setdefault(whose, {})[row["mode"], row["method"]] = row
     for (model, device, batch), rows in found.items():

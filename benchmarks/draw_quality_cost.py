@@ -2,10 +2,10 @@
 
     python -m benchmarks.draw_quality_cost benchmarks/results/quality-26m.json benchmarks/results/step-llama2-7b-*.json
 
-docs/quality-cost.png has, over a step's time and over its peak memory, the share of full fine-tuning's improvement of
-the test loss, a mean over the targets with its standard error. ``STEPS`` says which row of a step record has a method's
-cost: the same configuration, LoRA with the same rank over the hidden size (8 of 512 there, 64 of 4096 here). Methods
-whose step was not measured are left out, and named. Prints the figures that it draws.
+docs/quality-cost.png has, over what a step's time and its peak memory are more than the floor's, the share of full
+fine-tuning's improvement of the test loss, a mean over the targets with its standard error. ``STEPS`` says which row of
+a step record has a method's cost: the same configuration, LoRA with the same rank over the hidden size (8 of 512 there,
+64 of 4096 here). Methods whose step was not measured are left out, and named. Prints the figures that it draws.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from losia_pro.cli.bench.table import table
 
-from .draw import BACKGROUND, BLACK, dress
+from .draw import BACKGROUND, dress
 from .draw_quality import styles
 
 Row = dict[str, Any]
@@ -60,9 +61,13 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "losia-paper-T50": "losia-pro-output_factor=1/8+profile",
 }
 BATCH = {"model": "llama2-7b", "batch": 4, "length": 2048}  # of the step records that are read
-PANELS = {
-    "ratio": ("step time over the floor's", 1.0),
-    "peak_bytes": ("peak memory (GB)", 1e9),
+PANELS = {  # what a step costs more than the floor's
+    "more_time": ("time over the floor", lambda x, _=None: f"{x:.0%}"),
+    "more_bytes": ("peak memory over the floor's (GB)", lambda x, _=None: f"{x / 1e9:.3g}"),
+}
+TICKS = {
+    "more_time": [0.03, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6],
+    "more_bytes": [2e9, 4e9, 8e9, 16e9, 32e9, 64e9],
 }
 
 
@@ -81,7 +86,7 @@ def main() -> None:
         raise SystemExit(f"nothing to draw: no step of {', '.join(left_out)} in these records")
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "quality-cost.png"
-    figure(points, steps).savefig(path)
+    figure(points).savefig(path)
     print(
         f"{text(points)}\n\nleft out, their step is not measured: {', '.join(left_out) or 'none'}"
     )
@@ -121,6 +126,8 @@ def pair(quality: Row, steps: dict[str, Row]) -> tuple[list[Row], list[str]]:
         ]
         point = {"method": method, "step": step["method"], "trainable": mine[0]["trainable"]}
         point |= {name: step[name] for name in ("ratio", "peak_bytes", "median_ms")}
+        point["more_time"] = step["ratio"] - 1
+        point["more_bytes"] = step["peak_bytes"] - step["floor_peak_bytes"]
         point["recovered"] = statistics.fmean(r["recovered"] for r in mine)
         point["recovered_se"] = math.hypot(*errors) / len(errors)
         points.append(point)
@@ -138,34 +145,34 @@ def text(points: list[Row]) -> str:
     )
 
 
-def figure(points: list[Row], steps: dict[str, Row]) -> Figure:
+def figure(points: list[Row]) -> Figure:
     style = styles([p["method"] for p in points])
     drawn = Figure(figsize=(11.0, 4.4), layout="constrained", dpi=150)
     drawn.set_facecolor(BACKGROUND)
-    for axes, (column, (label, unit)) in zip(drawn.subplots(1, 2), PANELS.items(), strict=True):
-        panel(axes, points, style, column, unit)
-        if "floor" in steps:
-            axes.axvline(steps["floor"][column] / unit, color=BLACK, linewidth=0.8, linestyle=":")
+    for axes, (column, (label, said)) in zip(drawn.subplots(1, 2), PANELS.items(), strict=True):
+        panel(axes, points, style, column)
+        axes.xaxis.set_major_formatter(said)
         axes.set_xlabel(f"{label}, LLaMA-2 7B")
         axes.set_ylabel("of full fine-tuning's improvement, small models")
     handles = [
         Line2D([], [], color=c, marker=m, linestyle="none", label=method)
         for method, (c, m) in style.items()
     ]
-    handles.append(Line2D([], [], color=BLACK, linestyle=":", label="floor: nothing is trained"))
     drawn.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
     return drawn
 
 
-def panel(
-    axes: Axes, points: list[Row], style: dict[str, tuple[str, str]], column: str, unit: float
-) -> None:
+def panel(axes: Axes, points: list[Row], style: dict[str, tuple[str, str]], column: str) -> None:
+    """Both ends of the cost are to be told apart, a hundredth of the floor and twice it: a logarithmic axis."""
     for p in points:
         colour, marker = style[p["method"]]
         axes.errorbar(
-            p[column] / unit, p["recovered"], yerr=p["recovered_se"], color=colour, marker=marker,
+            p[column], p["recovered"], yerr=p["recovered_se"], color=colour, marker=marker,
             markersize=7, markeredgecolor="white", markeredgewidth=0.6, linestyle="none",
         )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(TICKS[column]))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     dress(axes)
 

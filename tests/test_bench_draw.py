@@ -26,7 +26,12 @@ def step_record(modes: list[str], device: str = "GPU") -> dict:
     ]  # fmt: skip
     rows.append({"model": "llama2-7b", "mode": modes[0], "method": "dora-r64", "status": "failed"})
     arguments = {"batch": 4, "length": 2048}
-    return {"benchmark": "step", "device": {"name": device}, "arguments": arguments, "rows": rows}
+    return {
+        "benchmark": "step",
+        "date": "2026-01-01",
+        "device": {"name": device},
+        "arguments": arguments,
+    } | {"rows": rows}
 
 
 def kernel_record() -> dict:
@@ -40,17 +45,19 @@ def kernel_record() -> dict:
     rows += [{"op": "host", "selection": "eager", "candidates": {}}]
     broken = row("subnet_grad", "single", 9, 512, 1.0)
     broken["candidates"]["default"] = {"refused": "error 1"}
-    return {"benchmark": "kernels", "device": {"name": "GPU"}, "rows": [*rows, broken]}
+    return {"benchmark": "kernels", "date": "2026-01-01", "device": {"name": "GPU"}} | {
+        "rows": [*rows, broken]
+    }
 
 
-def draw(folder: Path, *records: dict) -> list[str]:
+def draw(folder: Path, *records: dict, flags: tuple[str, ...] = ()) -> list[str]:
     files = []
     for k, content in enumerate(records):
         files.append(folder / f"{k}.json")
         files[-1].write_text(json.dumps(content))
     out = folder / "docs"
     old = sys.argv
-    sys.argv = [str(SCRIPT), *map(str, files), "--output", str(out)]
+    sys.argv = [str(SCRIPT), *map(str, files), "--output", str(out), *flags]
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     finally:
@@ -70,9 +77,16 @@ def test_devices_do_not_share_one(tmp_path):
     assert names == ["step-llama2-7b-gpu-4-x-2048.png", "step-llama2-7b-other-gpu-4-x-2048.png"]
 
 
+def test_methods_are_picked(tmp_path):
+    with pytest.raises(SystemExit, match="nothing to draw"):
+        draw(tmp_path, step_record(["eager"]), flags=("--methods", "lora-r3"))
+    name = next(iter(METHODS))
+    assert draw(tmp_path, step_record(["eager"]), flags=("--methods", name))
+
+
 def test_nothing_to_draw_is_said(tmp_path):
     with pytest.raises(SystemExit, match="nothing to draw"):
-        draw(tmp_path, {"benchmark": "memory", "rows": []})
+        draw(tmp_path, {"benchmark": "memory", "date": "2026-01-01", "rows": []})
 
 
 def test_a_step_figure_shows_every_measurement_at_its_place():

@@ -63,6 +63,7 @@ def test_the_step_of_another_method_has_the_same_share_of_the_hidden_size(name):
 def step_record(ms: dict[str, float], batch: int = 4, date: str = "2026-01-01") -> dict:
     rows = [
         {"method": m, "mode": "eager", "status": "ok", "median_ms": t, "ratio": t / 500, "peak_bytes": 10**9 * t}
+        | {"floor_peak_bytes": 500 * 10**9}
         for m, t in ms.items()
     ]  # fmt: skip
     rows.append({**rows[0], "mode": "compiled", "median_ms": 1.0})
@@ -107,6 +108,7 @@ def test_a_method_has_its_share_its_error_and_its_cost_and_those_without_a_step_
     assert ours["recovered"] == pytest.approx((0.25 + 0.5) / 2)
     assert ours["recovered_se"] == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 2)
     assert (ours["ratio"], ours["peak_bytes"], lora["median_ms"]) == (1.04, 520e9, 600)
+    assert (ours["more_time"], ours["more_bytes"]) == (pytest.approx(0.04), 20e9)
 
 
 def test_the_figure_is_drawn_and_its_values_are_printed(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ NOT_SHOWN = [
     "Seconds are those of one of several processes that share the device, with compiling: they compare methods "
     "of this record only roughly. `losia-pro bench step` times steps.",
     "Learning rates are on a half-decade grid; between two of its points may be a better one.",
-    "No weight decay, no dropout, one batch size, one schedule, one number of steps.",
+    "No weight decay but where a method's name has it, no dropout, one batch size, one schedule, one number of steps.",
 ]
 
 
