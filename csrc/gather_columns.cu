@@ -5,9 +5,10 @@
 //
 // The shape: a block copies rows of tokens x units, a unit being an element or 16 bytes of a run. Neighbouring
 // threads take neighbouring sorted indices, so they share sectors on the way in and write one contiguous line on
-// the way out; a thread loads its index once and has TOKENS independent loads in flight. A block is as wide as the
-// row up to THREADS, and otherwise takes more tokens. Values are moved as bits of their size: one instantiation
-// serves bf16 and fp16. TOKENS and THREADS may be any powers of two up to 1024 threads.
+// the way out; a thread loads its index once and has TOKENS independent loads in flight. A row is shared out evenly
+// among as few blocks of THREADS as hold it, in whole warps, so that few threads have nothing to do; where a block has
+// room for several rows it takes more tokens. Values are moved as bits of their size: one instantiation serves bf16 and
+// fp16. TOKENS may be any number, THREADS any multiple of 32 up to 1024.
 #include <climits>
 
 #include "losia.h"
@@ -39,10 +40,10 @@ __global__ void __launch_bounds__(THREADS)
 template <typename Bits>
 cudaError_t launch(const void* x, const int64_t* in_idx, void* out, int64_t tokens, int64_t units, int step,
                    int64_t stride_t, int64_t stride_c, cudaStream_t stream) {
-  int across = 1;
-  while (across < THREADS && across < units) across *= 2;
+  const int64_t column_blocks = (units + THREADS - 1) / THREADS;
+  const int64_t each = (units + column_blocks - 1) / column_blocks;
+  const unsigned across = unsigned((each + 31) / 32 * 32);
   const dim3 block(across, THREADS / across);
-  const int64_t column_blocks = (units + across - 1) / across;
   const int64_t a_block = int64_t(block.y) * TOKENS;
   const int64_t blocks = (tokens + a_block - 1) / a_block * column_blocks;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
