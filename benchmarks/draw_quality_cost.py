@@ -50,6 +50,8 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "losia-default-decay-0.7": "losia-pro-default",  # a decay's rate costs nothing
     "losia-default-decay-1": "losia-pro-default",
     "losia-default-no-decay": "losia-pro-default-base_decay=0",
+    "losia-default-g16": "losia-pro-default-g16",
+    "losia-default-g16-shared": "losia-pro-default-g16-shared",
     "losia-1/16x1-decay": "losia-pro-1/16x1-base_decay=0.5",
     "losia-1/8x1-decay": "losia-pro-1/8x1-base_decay=0.5",
     "losia-1/8x1": "losia-pro-1/8x1",

@@ -33,7 +33,7 @@ def costly(config, names):
 
 @pytest.fixture(scope="module")
 def net():
-    return model.build(settings.SIZES["toy"], torch.device("cpu"))
+    return model.build(SIZE, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [n for n in STEPS if n.startswith("losia")])

@@ -85,6 +85,8 @@ METHODS = {
     "losia-default-decay-1": Method("losia", -4, 1, {"base_decay": 1.0}),
     "losia-default-decay-0.7": Method("losia", -4, 1, {"base_decay": 0.7}),
     "losia-default-no-decay": Method("losia", -4, 1, {"base_decay": 0.0}),
+    "losia-default-g16": Method("losia", -4, 1, {"neuron_group": 16}),
+    "losia-default-g16-shared": Method("losia", -4, 1, {"neuron_group": 16, "share_inputs": True}),
     "losia-1/16x1-decay": losia(1, in_factor=1 / 16, out_factor=1, base_decay=0.5, **FIXED),
     "lora-as-3/32x1": _lora(1, area=3 / 32),
     "losia-1/8x1-decay": losia(1, in_factor=1 / 8, out_factor=1, base_decay=0.5, **FIXED),
