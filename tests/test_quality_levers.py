@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.quality.corpora import Part, windows
 from benchmarks.quality.methods import METHODS, losia, prepare
 from benchmarks.quality.plan import Job, Plan
 
+from losia_pro.config import IN_FACTOR, OUT_FACTOR
 from losia_pro.profile import Profile
 
 TOY = settings.SIZES["toy"]
@@ -244,15 +246,50 @@ def test_every_lever_trains_and_leaves_the_package_as_it_was(name, untrained, pa
 # --- the rule for the learning rate -------------------------------------------------------------------
 
 
-def test_the_rule_is_of_searches_that_are_complete():
-    rows = [
-        {"status": "ok", "method": "losia-1/8", "target": t, "seed": 1000, "exponent": e, "valid_loss": v}
-        for t, losses in {"cpp": {-5: 2.0, -4: 1.0, -3: None}, "docs": {-5: 1.0, -4: 2.0}}.items()
+def search(method, target, losses, seed=1000):
+    return [
+        {"status": "ok", "method": method, "target": target, "seed": seed, "exponent": e, "valid_loss": v}
         for e, v in losses.items()
     ]  # fmt: skip
-    assert rates.best_rates(rows) == {"losia-1/8": {"cpp": -4}}
-    assert "losia-1/8 (inputs x outputs 0.125 x 0.125) 10^-2.00" in rates.rate_rule(rows)
-    assert "complete" in rates.rate_rule([])
+
+
+def test_the_best_rate_is_the_lowest_point_of_a_parabola_with_a_worse_rate_on_both_sides():
+    rows = search("losia-1/8", "cpp", {-5: 1.5, -4: 1.0, -3: 1.0 + 1 / 6})  # least at -3.75
+    rows += search("losia-1/8", "docs", {-5: 1.0, -4: 2.0})  # goes on
+    rows += search("losia-1/8", "config", {-5: 2.0, -4: 1.0, -3: None})  # diverged
+    rows += search("losia-1/8", "cpp", {-6: 0.0}, seed=0)  # no search
+    assert rates.best_rates(rows) == {("losia-1/8", "cpp"): pytest.approx(-3.75 / 2)}
+
+
+def test_the_rule_is_a_line_through_the_logarithms_of_subnets_that_stay_and_of_all_weights():
+    def best_at(method, exponent):
+        return search(method, "cpp", {e: (e - exponent) ** 2 for e in range(-8, 1)})
+
+    rows = [*best_at("full", -6), *best_at("losia-1/8", -3), *best_at("losia-1/4", -4)]
+    rows += [
+        *best_at("losia-paper-T10", -5),
+        *best_at("lora-r8", -5),
+        *best_at("optimizer: Muon", -5),
+    ]
+    rule = rates.fit(rows)
+    # 10^-3, 10^-2 and 10^-1.5 for 1, 1/16 and 1/64 of the weights
+    assert rule["rate_of_full"] == pytest.approx(1e-3, rel=1e-3)
+    assert rule["power"] == pytest.approx(-1 / math.log10(16), abs=1e-3)
+    assert (rule["spread"], rule["searches"]) == (pytest.approx(0, abs=1e-3), 3)
+    assert rule["methods"] == ["full", "losia-1/4", "losia-1/8"]
+    assert rates.fit(best_at("full", -6)) is None
+
+
+def test_the_readme_has_the_recorded_rule():
+    head, _ = record.read(RECORD)
+    rule = head["rate_rule"]
+    text = " ".join((RECORD.parents[2] / "README.md").read_text().split())
+    times = [round(share ** rule["power"]) for share in (IN_FACTOR * OUT_FACTOR, 1 / 64)]
+    says = (
+        f"the rate of full fine-tuning times the trained share to the power of {rule['power']:.1f}"
+    )
+    assert says in text
+    assert f"{times[0]} times for `LosiaConfig()`, {times[1]} times for `rank_factor=1/8`" in text
 
 
 def test_spanning_inputs_leave_out_what_others_explain():

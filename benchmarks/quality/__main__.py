@@ -22,7 +22,7 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, bound, corpora, model, mps, period_data, record, studies, table
+from . import analysis, bound, corpora, model, mps, period_data, rates, record, studies, table
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
@@ -123,10 +123,14 @@ def conclude(path: Path, head: dict[str, Any], plan: Plan) -> None:
     rows = analysis.summary(plan)
     if head["study"] in studies.STUDIES:
         head |= studies.conclusions(head["study"], rows)
+    if head["study"] is None:
+        head["rate_rule"] = rates.fit(plan.rows.values())
     record.write(path, head, plan, rows)
     print(f"\n{analysis.text(plan, rows)}\n")
     if "period_data" in head:
         print(f"{period_data.text(head['period_data'])}\n")
+    if head.get("rate_rule"):
+        print(f"{rates.said(head['rate_rule'])}\n")
     for sentence in head.get("sentences", []):
         print(f"{sentence}\n")
 

@@ -1,66 +1,96 @@
-"""A rule for the learning rate: ``python -m benchmarks.quality.rates FILE.jsonl`` says how the best one follows the
-subnets' shape."""
+"""A rule for the learning rate: how the best one follows the share of the weights that is trained.
+
+    python -m benchmarks.quality.rates benchmarks/results/quality-26m.jsonl
+
+A search's best rate is where a parabola through the best of the rates tried and its two neighbours, in the logarithm
+of the rate, has its least loss. Over all searches of subnets that stay, and of full fine-tuning, whose share is 1,
+a straight line is fitted to the logarithms: ``rate = rate_of_full share^power``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from losia_pro import LosiaConfig
 
 from . import studies  # noqa: F401 - the studies' methods
-from .methods import METHODS
-from .plan import TUNING_SEED
+from .methods import METHODS, Method
+from .plan import TUNING_SEED, Row
 
 
-def best_rates(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each method without a lever that trains subnets, by target: the exponent of the rate whose mean loss over
-    the tuning seeds is least; searches whose best is at an end of the rates tried are left out."""
+def share(method: Method) -> float | None:
+    """Of a linear's weights, those that a method trains; None for what the rule is not about."""
+    if method.kind == "full":
+        return 1.0
+    config = LosiaConfig(**method.settings) if method.kind == "losia" else None
+    if config is None or config.period or method.lever:
+        return None
+    return config.n_in(4096) * config.n_out(4096) / 4096**2
+
+
+def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """By method and target the logarithm (base 10) of the best rate; searches without a worse rate on both sides are
+    left out."""
     losses: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in rows:
-        method = METHODS.get(r["method"])
-        if (
-            r["status"] == "ok"
-            and method
-            and method.kind == "losia"
-            and not method.lever
-            and r["seed"] >= TUNING_SEED
-        ):
+        if r["status"] == "ok" and r["seed"] >= TUNING_SEED and r["method"] in METHODS:
             loss = math.inf if r["valid_loss"] is None else r["valid_loss"]
-            losses.setdefault((r["method"], r["target"]), {}).setdefault(r["exponent"], []).append(
-                loss
-            )
-    found: dict[str, dict[str, float]] = {}
-    for (name, target), by in losses.items():
-        best = min(by, key=lambda e: statistics.fmean(by[e]))
-        if min(by) < best < max(by):
-            found.setdefault(name, {})[target] = best
-    return found  # fmt: skip
+            search = losses.setdefault((r["method"], r["target"]), {})
+            search.setdefault(r["exponent"], []).append(loss)
+    found = {}
+    for search, by in losses.items():
+        mean = {e: statistics.fmean(values) for e, values in by.items()}
+        best = min(mean, key=mean.__getitem__)
+        left, middle, right = (mean.get(best + k, math.inf) for k in (-1, 0, 1))
+        bend = left - 2 * middle + right
+        if math.isfinite(bend) and bend > 0:
+            found[search] = (best + (left - right) / (2 * bend)) / 2
+    return found
 
 
-def rate_rule(rows: list[dict[str, Any]]) -> str:
-    """One sentence: the best learning rate against the shares of inputs and outputs that are trained."""
-    rates = best_rates(rows)
-    if not rates:
-        return "No search for a learning rate of subnets is complete in these runs."
-    parts = []
-    for name, by in sorted(rates.items()):
-        config = LosiaConfig(**METHODS[name].settings)
-        shape = f"{config.n_in(4096) / 4096:g} x {config.n_out(4096) / 4096:g}"
-        mean = statistics.fmean(by.values()) / 2
-        spread = f"1e{min(by.values()) / 2:g} to 1e{max(by.values()) / 2:g}"
-        parts.append(
-            f"{name} (inputs x outputs {shape}) 10^{mean:.2f}, {spread}, on {len(by)} targets"
-        )
+def fit(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """The rule, and what it rests on: ``spread`` is the standard deviation of the best rates from it, in decades.
+    None for searches of fewer than two shares."""
+    points = [
+        (math.log10(s), rate, name)
+        for (name, _), rate in best_rates(rows).items()
+        if (s := share(METHODS[name])) is not None
+    ]
+    if len({x for x, _, _ in points}) < 2:
+        return None
+    line = statistics.linear_regression([x for x, _, _ in points], [y for _, y, _ in points])
+    off = [y - line.intercept - line.slope * x for x, y, _ in points]
+    return {
+        "rate_of_full": round(10**line.intercept, 6),
+        "power": round(line.slope, 3),
+        "spread": round(math.sqrt(statistics.fmean(e * e for e in off)), 3),
+        "searches": len(points),
+        "methods": sorted({name for _, _, name in points}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="JSONL files of benchmarks.quality")
+    for path in parser.parse_args().runs:
+        rule = fit(json.loads(line) for line in path.read_text().splitlines())
+        print(f"{path}: {'searches of fewer than two shares' if rule is None else said(rule)}")
+
+
+def said(rule: dict[str, Any]) -> str:
     return (
-        f"Best learning rate, half a decade apart, geometric mean over targets: {'; '.join(parts)}."
+        f"best rate = {rule['rate_of_full']:.2g} x share^{rule['power']:.2f}, {rule['searches']} searches, standard "
+        f"deviation {rule['spread']:.2f} decades; of {', '.join(rule['methods'])}"
     )
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    print(rate_rule([json.loads(line) for line in path.read_text().splitlines()]))
+    main()
