@@ -124,7 +124,7 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
     found = {tuned.key(row): tuple(row["tiles"]) for row in rows}
     assert set(found) == {
         *(("gather_columns", FP32, n, run) for n in (32, 128) for run in (1, 8)),
-        *(("gather_columns", FP32, n, 1) for n in (1, 4, 16)),
+        *(("gather_columns", FP32, n, 1) for n in (1, 4, 6, 24)),
         ("subnet_grad", FP32, 128, 32, 8),
         ("importance_update_", FP32, 256, 64),
     }
@@ -153,17 +153,17 @@ def test_where_the_library_answers_a_launch_shape_that_was_faster_does(clock, la
     assert main([*FLAGS, "--dtype", "bf16", "--ops", "subnet_grad"]) == 0
     keys = [tuned.key(row) for row in json.loads(tuned.path(CPU).read_text())["rows"]]
     assert keys == [("subnet_grad", torch.bfloat16, *sizes) for sizes in SIZES]
-    dy, x, every = torch.randn(40, 256), torch.randn(40, 5), torch.arange(256)
-    for dtype, n_in in ((torch.bfloat16, 4), (torch.bfloat16, 5), (FP32, 4)):
+    dy, x, every = torch.randn(40, 256), torch.randn(40, 6), torch.arange(256)
+    for dtype, n_in in ((torch.bfloat16, 6), (torch.bfloat16, 5), (FP32, 6)):
         launched.clear()
         ours = launch.subnet_grad(dy.to(dtype), x[:, :n_in].to(dtype), every, FP32, 256)
         truth = dy.to(dtype).double().T @ x[:, :n_in].to(dtype).double()
         assert relative(ours, truth) < 1e-6
-        assert launched == ([tiles] if (dtype, n_in) == (torch.bfloat16, 4) else [])
-    assert tuned.lookup(CPU, "subnet_grad", torch.bfloat16, 256, 4, 16) is None
+        assert launched == ([tiles] if (dtype, n_in) == (torch.bfloat16, 6) else [])
+    assert tuned.lookup(CPU, "subnet_grad", torch.bfloat16, 256, 6, 16) is None
 
 
-SIZES = (128, 32, 8), (256, 4, 256), (256, 1, 256)  # n_out, n_in, run
+SIZES = (128, 32, 8), (256, 6, 256), (256, 1, 256)  # n_out, n_in, run
 
 
 def test_a_budget_ends_it_with_what_was_measured_of_the_first_weight(clock, monkeypatch, capsys):
