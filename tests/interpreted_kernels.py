@@ -251,15 +251,6 @@ def test_64_bit_offsets_are_used_exactly_where_32_would_wrap():
     assert not indexing.needs_int64(torch.empty(0, 5))
 
 
-def test_splits_cover_every_token_once():
-    for tokens in (1, 31, 128, 129, 8192, 32768):
-        for blocks in (1, 16, 44, 500):
-            size = grad._split_tokens(tokens, blocks, 32, 132)
-            splits = -(-tokens // size)
-            assert size % 32 == 0 and (splits - 1) * size < tokens
-            assert splits == 1 or splits * blocks <= 132
-
-
 def test_fp64_is_refused_by_name():
     dy, x_sub, idx = torch.randn(4, 5).double(), torch.randn(4, 2).double(), torch.tensor([1])
     with pytest.raises(TypeError, match=r"got dy torch.float64; use impl='torch'"):

@@ -125,7 +125,7 @@ def test_what_wins_is_kept_and_used_and_what_no_longer_wins_is_not(clock, launch
     assert set(found) == {
         *(("gather_columns", FP32, n, run) for n in (32, 128) for run in (1, 8)),
         *(("gather_columns", FP32, n, 1) for n in (1, 4, 6, 24)),
-        ("subnet_grad", FP32, 128, 32, 8),
+        *(("subnet_grad", FP32, *sizes) for sizes in SIZES),
         ("importance_update_", FP32, 256, 64),
     }
     for (op, *_), tiles in found.items():
@@ -173,7 +173,7 @@ def test_a_budget_ends_it_with_what_was_measured_of_the_first_weight(clock, monk
     assert main([*FLAGS, "--shape", "64x256", "--budget", "1.5"]) == 0
     rows = json.loads(tuned.path(CPU).read_text())["rows"]
     assert [(row["op"], row.get("n_out"), row.get("n_in")) for row in rows] == [
-        ("subnet_grad", 128, 32)
+        ("subnet_grad", *sizes[:2]) for sizes in SIZES
     ]
     assert "5 of 6 left" in capsys.readouterr().out
 

@@ -56,6 +56,11 @@ def check(binary: Any, arch: int, dtype: torch.dtype) -> None:
         assert "wgmma" in binary.asm["ptx"] and "cp.async.bulk" in binary.asm["ptx"]
 
 
+def sums_from_zero(binary: Any) -> bool:
+    """Whether the sums of BLOCK_K terms do; the interpreter cannot tell, for it sums so anyway."""
+    return bool(re.search(r"tt\.dot %\w+, %\w+, %cst", binary.asm["ttir"]))
+
+
 def tile_type(dtype: str, tokens: int, columns: int, arch: int) -> str:
     """The type of an operand as load_tile takes it."""
     return f"tensordesc<{dtype}[{tokens}, {columns}]>" if ARCHS[arch].bulk else f"*{dtype}"
@@ -77,12 +82,18 @@ def test_gather_columns_compiles_and_moves_runs_at_once(arch, group, int64):
     assert any(widest in line for line in loads), loads
 
 
-def compile_subnet_grad(arch: int, group: int, dtype: torch.dtype, tiles: Tiles) -> Any:
+def compile_subnet_grad(
+    arch: int, group: int, dtype: torch.dtype, tiles: Tiles, split: bool = True
+) -> Any:
     name = NAMES[dtype]
     types = {"dy_ptr": f"*{name}", "idx_ptr": "*i64", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("T", "M", "N", "T_SPLIT", "stride_dt", "stride_xt"), "i32")
     types["x"] = tile_type(name, tiles.k, tiles.n, arch)
     values = {"stride_dc": 1, "stride_xc": 1, "GROUP": group, "INT64": False, "UPCAST": False}
+    if split:
+        types |= {"parts_ptr": "*fp32", "arrived_ptr": "*i32", "SPLIT": "i32"}
+    else:
+        values |= {"parts_ptr": None, "arrived_ptr": None, "SPLIT": 1}
     values["BULK"] = ARCHS[arch].bulk
     values |= {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
@@ -93,17 +104,28 @@ def compile_subnet_grad(arch: int, group: int, dtype: torch.dtype, tiles: Tiles)
 @pytest.mark.parametrize("group", [1, 8], ids=["single", "runs"])
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 def test_subnet_grad_compiles_and_fits(arch, group, dtype):
-    binary = compile_subnet_grad(arch, group, dtype, grad._tiles(dtype, 512, ARCHS[arch]))
-    check(binary, arch, dtype)
-    if group > 1 and dtype != torch.float32:  # the gather is pipelined, 16 bytes at a time
-        assert "cp.async.cg.shared.global" in binary.asm["ptx"]
+    for split in (False, True):
+        tiles = grad._tiles(dtype, 512, 512, ARCHS[arch])
+        binary = compile_subnet_grad(arch, group, dtype, tiles, split)
+        check(binary, arch, dtype)
+        assert sums_from_zero(binary) == (dtype == torch.float32)
+        assert ("atom" in binary.asm["ptx"]) == split
+        if group > 1 and dtype != torch.float32:  # the gather is pipelined, 16 bytes at a time
+            assert "cp.async.cg.shared.global" in binary.asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_sum_splits_compiles(arch):
-    types = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "numel": "i32", "SPLIT": "i32"}
-    values = {"BLOCK": 1024}
-    assert compile_for(arch, grad.sum_splits_kernel, types, values, num_warps=4).asm["cubin"]
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_the_last_program_reads_what_the_others_wrote(arch, dtype):
+    """Between the threads' writes and the count of one, and between the count and their reads, they meet."""
+    binary = compile_subnet_grad(arch, 8, dtype, grad._tiles(dtype, 512, 512, ARCHS[arch]))
+    steps = re.findall(r"st\.global|bar\.sync|atom\.\S+|ld\.global\.\w+", binary.asm["ptx"])
+    (count,) = (i for i, step in enumerate(steps) if step.startswith("atom"))
+    assert steps[count] == "atom.global.gpu.acq_rel.add.u32"
+    assert steps[count - 2 : count] == ["st.global", "bar.sync"]
+    assert steps[count + 1] == "bar.sync"
+    reads = [step for step in steps[count:] if step.startswith("ld.global")]
+    assert reads and set(reads) == {"ld.global.cg"} and "ld.global.cg" not in steps[:count]
 
 
 def compile_importance(arch: int, has_grad: bool, dtype: torch.dtype, tiles: Tiles) -> Any:
@@ -130,9 +152,7 @@ def test_importance_update_compiles_and_fits(arch, has_grad, dtype):
     tiles = importance._tiles(dtype, 4096, 4096, ARCHS[arch])
     binary = compile_importance(arch, has_grad, dtype, tiles)
     check(binary, arch, dtype)
-    # fp32's sums of BLOCK_K terms start at zero; the interpreter cannot tell, for it sums so anyway.
-    from_zero = re.search(r"tt\.dot %\w+, %\w+, %cst", binary.asm["ttir"])
-    assert bool(from_zero) == (dtype == torch.float32)
+    assert sums_from_zero(binary) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("arch", [90, 120], ids=["most memory", "least memory"])

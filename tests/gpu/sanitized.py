@@ -21,6 +21,7 @@ DEVICE = "cuda"
 OPS = torch.ops.losia_pro
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(64, 48, 16, 8), (37, 131, 33, 5), (130, 96, 96, 96), (1, 1, 1, 1), (0, 16, 4, 4)]
+SHAPES += [(600, 256, 136, 40)]  # of runs: several splits
 
 
 def indices(n: int, k: int) -> torch.Tensor:
