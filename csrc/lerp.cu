@@ -1,15 +1,17 @@
-// Bf16 tensors some way towards others, many in one launch, rounded stochastically to bf16:
+// Tensors some way towards others, many in one launch, bf16 ones rounded stochastically and fp32 ones to nearest:
 //
 //   t = t + weight (other - t)                  for |weight| < 1/2
 //   t = other + (weight - 1) (other - t)        from there on, so that both ends are exact
 //
-// Bytes: 6 an entry, two tensors read and one written. About 30 operations an entry, most of them the random bits. Sums
-// and products are rounded one by one, as PyTorch's are, so that all implementations give the same bits.
+// Bytes: 6 an entry of bf16 tensors, 10 of fp32 ones with others in bf16: two tensors read and one written. In bf16 about
+// 30 operations an entry, most of them the random bits; in fp32 a few. Sums and products are rounded one by one, so that
+// this and Triton's give the same bits, and in bf16 PyTorch's too.
 //
-// The shape: a block takes LERP_PART neighbouring entries of one tensor, a thread EIGHT of them, which are 16 bytes: a
-// load of each tensor and a store. A pair that does not begin at multiples of 16 bytes, and the last entries, go one by
-// one. LERP_PART may be EIGHT times any whole number of warps, up to 1024 threads.
+// The shape: a block takes LERP_PART neighbouring entries of one tensor, a thread EIGHT of them, moved 16 bytes at a
+// time: those of bf16 and fp16 at once, those of fp32 in two. A pair that does not begin at multiples of 16 bytes, and
+// the last entries, go one by one. LERP_PART may be EIGHT times any whole number of warps, up to 1024 threads.
 #include <climits>
+#include <type_traits>
 
 #include "dtypes.cuh"
 #include "losia.h"
@@ -22,6 +24,24 @@ constexpr int EIGHT = 8;
 constexpr int THREADS = LERP_PART / EIGHT;
 static_assert(LERP_PART % (EIGHT * 32) == 0 && THREADS <= 1024, "every thread takes as many");
 
+template <typename T>
+struct alignas(16) Eight {
+  T of[EIGHT];
+
+  __device__ explicit Eight(const T* from) {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) reinterpret_cast<uint4*>(of)[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+
+  __device__ void store(T* to) const {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(of)[i];
+  }
+
+ private:
+  static constexpr int UNITS = EIGHT * sizeof(T) / sizeof(uint4);
+};
+
 struct Lerp {
   float factor;  // weight, or weight - 1
   bool small;
@@ -30,43 +50,62 @@ struct Lerp {
     factor = small ? weight : __fsub_rn(weight, 1.0f);
   }
 
-  __device__ __nv_bfloat16 operator()(__nv_bfloat16 t, __nv_bfloat16 other, uint32_t random) const {
-    const float near = widen(t), far = widen(other);
-    return to_bf16(__fadd_rn(small ? near : far, __fmul_rn(__fsub_rn(far, near), factor)), random);
+  __device__ float operator()(float near, float far) const {
+    return __fadd_rn(small ? near : far, __fmul_rn(__fsub_rn(far, near), factor));
   }
 };
 
+template <typename T, typename Other>
 __global__ void __launch_bounds__(THREADS)
     lerp_kernel(const int64_t* __restrict__ tensors, const float* __restrict__ weight,
                 const int32_t* __restrict__ parts) {
   const int64_t* tensor = tensors + int64_t(parts[2 * blockIdx.x]) * 5;
-  __nv_bfloat16* t = reinterpret_cast<__nv_bfloat16*>(tensor[0]);
-  const __nv_bfloat16* other = reinterpret_cast<const __nv_bfloat16*>(tensor[1]);
+  T* t = reinterpret_cast<T*>(tensor[0]);
+  const Other* other = reinterpret_cast<const Other*>(tensor[1]);
   const int64_t numel = tensor[2], before = tensor[3];
   const uint64_t key = tensor[4];
   const Lerp lerp(*weight);
+  const auto value = [&](T mine, Other theirs, int64_t n) {
+    const float wide = lerp(widen(mine), widen(theirs));
+    if constexpr (std::is_same_v<T, float>)
+      return wide;
+    else
+      return to_bf16(wide, noise(uint32_t(before + n), key));
+  };
   const int64_t n = int64_t(parts[2 * blockIdx.x + 1]) * LERP_PART + EIGHT * threadIdx.x;
   if (((tensor[0] | tensor[1]) & 15) == 0 && n + EIGHT <= numel) {
-    uint4 mine = *reinterpret_cast<const uint4*>(t + n);
-    const uint4 theirs = *reinterpret_cast<const uint4*>(other + n);
-    __nv_bfloat16* const a = reinterpret_cast<__nv_bfloat16*>(&mine);
-    const __nv_bfloat16* const b = reinterpret_cast<const __nv_bfloat16*>(&theirs);
+    Eight<T> mine(t + n);
+    const Eight<Other> theirs(other + n);
 #pragma unroll
-    for (int i = 0; i < EIGHT; ++i) a[i] = lerp(a[i], b[i], noise(uint32_t(before + n + i), key));
-    *reinterpret_cast<uint4*>(t + n) = mine;
+    for (int i = 0; i < EIGHT; ++i) mine.of[i] = value(mine.of[i], theirs.of[i], n + i);
+    mine.store(t + n);
   } else {
-    for (int64_t i = n; i < n + EIGHT && i < numel; ++i) t[i] = lerp(t[i], other[i], noise(uint32_t(before + i), key));
+    for (int64_t i = n; i < n + EIGHT && i < numel; ++i) t[i] = value(t[i], other[i], i);
   }
+}
+
+template <typename T, typename Other>
+cudaError_t launch(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts,
+                   cudaStream_t stream) {
+  lerp_kernel<T, Other><<<unsigned(n_parts), THREADS, 0, stream>>>(tensors, weight, parts);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t lerp(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts,
-                 cudaStream_t stream) {
+cudaError_t lerp(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts, Dtype t,
+                 Dtype other, cudaStream_t stream) {
   if (n_parts == 0) return cudaSuccess;
   if (n_parts > INT_MAX) return cudaErrorInvalidConfiguration;
-  lerp_kernel<<<unsigned(n_parts), THREADS, 0, stream>>>(tensors, weight, parts);
-  return cudaGetLastError();
+  if (t == Dtype::bf16 && other == Dtype::bf16)
+    return launch<__nv_bfloat16, __nv_bfloat16>(tensors, weight, parts, n_parts, stream);
+  if (t != Dtype::fp32) return cudaErrorInvalidValue;
+  switch (other) {
+    case Dtype::fp32: return launch<float, float>(tensors, weight, parts, n_parts, stream);
+    case Dtype::bf16: return launch<float, __nv_bfloat16>(tensors, weight, parts, n_parts, stream);
+    case Dtype::fp16: return launch<float, __half>(tensors, weight, parts, n_parts, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace losia

@@ -50,11 +50,12 @@ constexpr int ADAMW_PART = 2048;
 cudaError_t adamw(const int64_t* tensors, const float* factors, const int32_t* parts, int64_t n_parts,
                   const AdamW& constants, cudaStream_t stream);
 
-// t = t + weight (other - t) on bf16 tensors, computed in fp32 and rounded stochastically; csrc/lerp.cu has the
-// equation. A tensor is a row of five int64: the addresses of t and other, their entries, those of the tensors before,
-// the key of the random bits. A part is two int32: a tensor, and which block of LERP_PART entries.
+// t = t + weight (other - t), computed in fp32: on bf16 tensors, others too, rounded stochastically, or on fp32 ones with
+// others in fp32, bf16 or fp16; csrc/lerp.cu has the equation. A tensor is a row of five int64: the addresses of t and
+// other, their entries, those of the tensors before, the key of the random bits. A part is two int32: a tensor, and
+// which block of LERP_PART entries.
 constexpr int LERP_PART = 2048;
-cudaError_t lerp(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts,
-                 cudaStream_t stream);
+cudaError_t lerp(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts, Dtype t,
+                 Dtype other, cudaStream_t stream);
 
 }  // namespace losia

@@ -60,10 +60,12 @@ void adamw(uintptr_t tensors, uintptr_t factors, uintptr_t parts, int64_t n_part
                               pointer<CUstream_st>(stream)));
 }
 
-void lerp(uintptr_t tensors, uintptr_t weight, uintptr_t parts, int64_t n_parts, int device, uintptr_t stream) {
+void lerp(uintptr_t tensors, uintptr_t weight, uintptr_t parts, int64_t n_parts, int dtype, int other_dtype,
+          int device, uintptr_t stream) {
   use(device);
   check("lerp", losia::lerp(pointer<const int64_t>(tensors), pointer<const float>(weight),
-                            pointer<const int32_t>(parts), n_parts, pointer<CUstream_st>(stream)));
+                            pointer<const int32_t>(parts), n_parts, losia::Dtype(dtype), losia::Dtype(other_dtype),
+                            pointer<CUstream_st>(stream)));
 }
 
 }  // namespace

@@ -241,10 +241,16 @@ def lerp_(
 
     Raises:
         ValueError: a tensor that is not contiguous, and pairs of two sizes.
-        TypeError: a tensor of another dtype than bf16.
+        TypeError: dtypes that it does not take, or several.
     """
     made = lerp_tables(tensors, others, weight, key, int(_cuda.LERP_PART))
-    _cuda.lerp(*(t.data_ptr() for t in made), made[-1].shape[0], *_where(tensors[0].device))
+    _cuda.lerp(
+        *(t.data_ptr() for t in made),
+        made[-1].shape[0],
+        DTYPES[tensors[0].dtype],
+        DTYPES[others[0].dtype],
+        *_where(tensors[0].device),
+    )
 
 
 def _where(device: torch.device) -> tuple[int, int]:

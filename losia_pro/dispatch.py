@@ -33,7 +33,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
 SHORT = 2048
-PRODUCTS = ("subnet_grad", "importance_update_")  # no kernel of theirs takes fp64; "torch" does
+# No kernel of theirs takes fp64; "torch" does.
+NOT_IN_FP64 = ("subnet_grad", "importance_update_", "lerp_")
 
 IMPL = os.environ.get("LOSIA_IMPL") or None
 DEBUG = os.environ.get("LOSIA_DEBUG") == "1"
@@ -120,7 +121,7 @@ def _chosen(
     everywhere: str | None,
 ) -> Callable[..., Tensor]:
     """Looked up once, because asking a device what it can do takes its time."""
-    if double and impl is None and op in PRODUCTS:
+    if double and impl is None and op in NOT_IN_FP64:
         impl = "torch"
     chosen = resolve(op, device, impl, runs)
     module = torch_ops if chosen == "torch" else _module(chosen)[0]

@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LERPS = {  # of which dtype the others may be
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+}
+
 KEPT = 128  # sets of layers whose tables are kept; a sharded model has one for each block
 
 
@@ -133,8 +138,8 @@ def lerp_tables(
     key: int,
     part: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one launch of an interpolation needs, for parts of ``part`` entries of bf16 tensors on one device, made
-    anew and sent without a wait, as AdamW's:
+    """What one launch of an interpolation needs, for parts of ``part`` entries of tensors on one device, made anew
+    and sent without a wait, as AdamW's:
 
     - a row of five int64 for each tensor: its address, the other's, its entries, those of the tensors before it, the
       key of all;
@@ -143,7 +148,7 @@ def lerp_tables(
 
     Raises:
         ValueError: a tensor that is not contiguous, and pairs of two sizes.
-        TypeError: a tensor of another dtype than bf16.
+        TypeError: a pair of dtypes that is not in ``LERPS``, or not that of the first pair.
     """
     _check_contiguous(tensor=tensors, other=others)
     rows, first = [], 0
@@ -152,8 +157,16 @@ def lerp_tables(
             raise ValueError(
                 f"other must be {tuple(t.shape)} as its tensor is, got {tuple(other.shape)}"
             )
-        if (t.dtype, other.dtype) != (torch.bfloat16, torch.bfloat16):
-            raise TypeError(f"both tensors must be in bf16, got {t.dtype} and {other.dtype}")
+        if other.dtype not in LERPS.get(t.dtype, ()):
+            raise TypeError(
+                "tensors must be in bf16 as their others are, or in fp32 with others in fp32, bf16 or fp16; "
+                f"got {t.dtype} and {other.dtype}"
+            )
+        if (t.dtype, other.dtype) != (tensors[0].dtype, others[0].dtype):
+            raise TypeError(
+                f"all pairs must be in {tensors[0].dtype} and {others[0].dtype} as the first is, "
+                f"got {t.dtype} and {other.dtype}"
+            )
         rows.append([t.data_ptr(), other.data_ptr(), t.numel(), first, key])
         first += t.numel()
     device = tensors[0].device

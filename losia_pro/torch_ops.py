@@ -121,15 +121,23 @@ def adamw_(
 def lerp_(
     tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, key: int
 ) -> None:
-    """``t + weight (other - t)`` for each bf16 tensor, in place: computed in fp32, rounded stochastically.
+    """``t + weight (other - t)`` for each tensor, in place; ``others`` have the same shapes.
 
-    From a ``weight`` of 1/2 on it is computed as ``other + (weight - 1) (other - t)``, so that both ends are exact;
-    the product is rounded before the sum. ``weight`` is a number, or a tensor of one, which is read where it is.
-    ``others`` are in bf16 too, of the same shapes. By ``key``, each entry has random bits of its own: those of all
-    tensors are numbered one after the other.
+    From a ``weight`` of 1/2 on it is computed as ``other + (weight - 1) (other - t)``, so that both ends are exact.
+    ``weight`` is a number, or a tensor of one, which is read where it is. All tensors are of one dtype, all others
+    of one:
+
+    - bf16, others too: computed in fp32, the product rounded before the sum, and rounded stochastically. By ``key``,
+      each entry has random bits of its own: those of all tensors are numbered one after the other.
+    - fp32, others fp32, bf16 or fp16; here also fp64: computed in it, and ``key`` is not read. The kernels round the
+      product before the sum. PyTorch's own ``lerp_``, which this is, may not: they agree to an ulp of either.
     """
     first = 0
     for t, other in zip(tensors, others, strict=True):
+        if t.dtype != torch.bfloat16:
+            at = weight.to(t) if isinstance(weight, Tensor) else weight
+            t.lerp_(other.to(t.dtype), at)
+            continue
         near, far = t.float(), other.float()
         w = torch.as_tensor(weight, dtype=torch.float32).to(t.device, non_blocking=True)
         small = w.abs() < 0.5

@@ -276,6 +276,11 @@ def test_lerp_has_the_bits_of_pytorch():
     lerps.compare(launch.lerp_, "cpu", tiny=1e-37)  # the interpreter takes bf16 below 2^-126 for 0
 
 
+@pytest.mark.parametrize("other", lerps.OTHERS)
+def test_lerp_in_fp32_rounds_product_and_sum_one_by_one(other):
+    lerps.compare_fp32(launch.lerp_, "cpu", other, tiny=1e-37)
+
+
 def test_lerp_refuses_what_it_would_read_wrongly():
     lerps.refuses(launch.lerp_, "cpu")
 

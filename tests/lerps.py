@@ -1,4 +1,4 @@
-"""An interpolation of bf16 tensors by two implementations: the same bits."""
+"""An interpolation of tensors by two implementations: the same bits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from losia_pro import rounding, torch_ops
 
 SHAPES = [(64, 80), (5,), (1, 1), (0, 4), (33, 65), (2, 4100)]
 WEIGHTS = [0.0, 2**-12, 0.3, 0.5, 0.98, 1.0, torch.tensor(0.1), torch.tensor([0.7]).double()]
+OTHERS = [torch.float32, torch.bfloat16, torch.float16]  # of fp32 tensors
 
 
-def operands(device: str, tiny: float = 1e-40) -> tuple[list[Tensor], list[Tensor]]:
+def operands(
+    device: str,
+    tiny: float = 1e-40,
+    dtype: torch.dtype = torch.bfloat16,
+    other: torch.dtype = torch.bfloat16,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Some pairs, equal ones, far ones and numbers that are none among them; the last lies within a
     longer one, and begins at an odd entry."""
-    tensors, others = ([torch.randn(s).bfloat16() for s in SHAPES] for _ in range(2))
-    others[0][:32] = tensors[0][:32]
+    tensors, others = ([torch.randn(s).to(d) for s in SHAPES] for d in (dtype, other))
+    tensors[0][:32] = others[0][:32]
     others[4] *= 2**-20
     bad = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.38e38, tiny])
     tensors[1].copy_(bad)
@@ -59,14 +65,48 @@ def compare(lerp: Callable[..., Any], device: str, tiny: float = 1e-40) -> None:
         assert all(map(same, ours, theirs)) and all(map(same, others, kept))
 
 
+def compare_fp32(
+    lerp: Callable[..., Any],
+    device: str,
+    other: torch.dtype,
+    tiny: float = 1e-40,
+    fused: bool = False,
+) -> None:
+    """``lerp`` on ``device``, and the equation on the CPU, each operation rounded to fp32: the same bits, or
+    ``fused`` within the roundings of one product and two sums."""
+    for k, weight in enumerate(WEIGHTS):
+        ours, others = operands(device, tiny, torch.float32, other)
+        before, around = [t.cpu().clone() for t in ours], whole(ours[-1])[[0, -1]]
+        kept = [t.clone() for t in others]
+        lerp(ours, others, weight.to(device) if isinstance(weight, Tensor) else weight, k)
+        assert torch.equal(whole(ours[-1])[[0, -1]], around) and all(map(same, others, kept))
+        w = torch.as_tensor(weight, dtype=torch.float32)
+        for mine, near, read in zip(ours, before, others, strict=True):
+            far = read.cpu().float()
+            product = (far - near) * (w if w < 0.5 else w - 1)
+            true = (near if w < 0.5 else far) + product
+            if fused:
+                allowed = 2**-24 * (product.abs() + 2.01 * true.abs())
+                off = (mine.cpu().double() - true.double()).abs()
+                mine = torch.where(off <= allowed, true, mine.cpu())
+            assert same(mine, true)
+            if w in (0, 1):
+                end, finite = (near, far)[int(w)], true.isfinite()
+                assert torch.equal(true[finite], end[finite])
+        assert torch.equal(ours[0][:32].cpu(), others[0][:32].cpu().float())
+
+
 def refuses(lerp: Callable[..., Any], device: str) -> None:
     t = torch.zeros(4, 6, device=device).bfloat16()
     for pair, error, message in [
         (([t.T], [t.T.contiguous()]), ValueError, "tensor must be contiguous"),
         (([t.T.contiguous()], [t.T]), ValueError, "other must be contiguous"),
         (([t], [t[:3]]), ValueError, r"other must be \(4, 6\) as its tensor is, got \(3, 6\)"),
-        (([t], [t.float()]), TypeError, "in bf16, got torch.bfloat16 and torch.float32"),
-        (([t.half()], [t]), TypeError, "in bf16, got torch.float16 and torch.bfloat16"),
+        (([t], [t.float()]), TypeError, "in bf16 .* got torch.bfloat16 and torch.float32"),
+        (([t.half()], [t]), TypeError, "in bf16 .* got torch.float16 and torch.bfloat16"),
+        (([t.float()], [t.double()]), TypeError, "in bf16 .* got torch.float32 and torch.float64"),
+        (([t, t.float()], [t, t]), TypeError, "as the first is, got torch.float32 and torch.bf"),
+        (([t.float()] * 2, [t, t.half()]), TypeError, "as the first is, got .* torch.float16"),
     ]:
         with pytest.raises(error, match=message):
             lerp(*pair, 0.5, 1)

@@ -115,18 +115,19 @@ class Kernels(types.ModuleType):
             short[2].copy_(rounding.to_bf16(m, random >> 16))
             short[3].copy_(rounding.to_bf16(v, rounding.mix(random)))
 
-    def lerp(self, tensors, weight, parts, n_parts, device, stream):
+    def lerp(self, tensors, weight, parts, n_parts, dtype, other_dtype, device, stream):
         assert (device, stream) == (0, 7)
         (w,) = memory(weight, 1, torch.float32)
         for which, block in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
             row = memory(tensors + 40 * which, 5, torch.int64).tolist()
             *addresses, numel, before, key = row
             part = slice(block * self.LERP_PART, (block + 1) * self.LERP_PART)
-            t, other = (memory(a, numel, torch.bfloat16)[part] for a in addresses)
+            dtypes = self.DTYPES[dtype], self.DTYPES[other_dtype]
+            t, other = (memory(a, numel, d)[part] for a, d in zip(addresses, dtypes, strict=True))
             start, c = (t, w) if w < 0.5 else (other, w - 1)
             value = start.float() + (other.float() - t.float()) * c
             random = rounding.noise(rounding.numbers_of(value, before + part.start), key)
-            t.copy_(rounding.to_bf16(value, random))
+            t.copy_(rounding.to_bf16(value, random) if t.dtype == torch.bfloat16 else value)
 
 
 @pytest.fixture
@@ -267,6 +268,11 @@ def test_adamw_refuses_strides_by_name(cuda_ops):
 
 def test_lerp_has_the_bits_of_pytorch(cuda_ops):
     lerps.compare(cuda_ops.lerp_, "cpu")
+
+
+@pytest.mark.parametrize("other", lerps.OTHERS)
+def test_lerp_in_fp32_rounds_product_and_sum_one_by_one(cuda_ops, other):
+    lerps.compare_fp32(cuda_ops.lerp_, "cpu", other)
 
 
 def test_lerp_refuses_what_it_would_read_wrongly(cuda_ops):

@@ -186,9 +186,14 @@ def test_adamw_compiles(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_lerp_compiles_and_rounds_the_product_before_the_sum(arch):
-    """As PyTorch does, or their bits would differ."""
-    types = {"tensors_ptr": "*i64", "weight_ptr": "*fp32", "parts_ptr": "*i32", "like": "*bf16"}
+@pytest.mark.parametrize(
+    ("dtype", "other"), [("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16")]
+)
+def test_lerp_compiles_and_rounds_the_product_before_the_sum(arch, dtype, other):
+    """As PyTorch does in bf16 and CUDA's in both, or their bits would differ."""
+    types = {"tensors_ptr": "*i64", "weight_ptr": "*fp32", "parts_ptr": "*i32"}
+    types |= {"like": f"*{dtype}", "like_other": f"*{other}"}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     binary = compile_for(arch, lerp.lerp_kernel, types, {"BLOCK": lerp.BLOCK}, **options)
     assert binary.asm["cubin"] and "mul" in binary.asm["ptx"] and "fma.rn" not in binary.asm["ptx"]
+    assert ("xor" in binary.asm["ptx"]) == (dtype == "bf16")  # random bits where they are used

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
+import lerps
 import pytest
 import torch
 from torch import Tensor
 
-from losia_pro import dispatch, ops, reference
+from losia_pro import dispatch, ops, reference, torch_ops
 from losia_pro.dispatch import resolve
 
 OPS = torch.ops.losia_pro
@@ -126,6 +128,28 @@ def test_write_back_puts_each_subnet_into_its_weight_and_nothing_else():
             assert torch.equal(w[rows][:, columns], subnet.to(w.dtype))
             assert torch.equal(w[~mask], old[~mask])
     OPS.write_back_([], [], [], [])
+
+
+@pytest.mark.parametrize("other", lerps.OTHERS)
+def test_interpolation_in_fp32_is_the_equation_to_an_ulp(other):
+    lerps.compare_fp32(torch_ops.lerp_, "cpu", other, fused=True)
+
+
+def test_interpolation_in_fp64_is_computed_in_it():
+    t, other = torch.randn(40, 50).double(), torch.randn(40, 50)
+    want = t + 0.1 * (other.double() - t)
+    torch_ops.lerp_([t], [other], 0.1, 0)
+    torch.testing.assert_close(t, want, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("op", ["subnet_grad", "importance_update_", "lerp_"])
+def test_fp64_is_left_to_torch_where_no_kernel_takes_it(op, monkeypatch):
+    """Even where they all run."""
+    monkeypatch.setattr(dispatch, "_why_not", lambda *_: "")
+    monkeypatch.setattr(dispatch, "_module", lambda impl: (SimpleNamespace(**{op: impl}), ""))
+    cuda, chosen = torch.device("cuda:0"), dispatch._chosen.__wrapped__
+    assert chosen(op, cuda, None, True, False, None) is getattr(torch_ops, op)
+    assert chosen(op, cuda, None, False, False, None) == dispatch.PREFERENCE[op][0]
 
 
 def arguments(op: str) -> tuple[object, ...]:

@@ -70,6 +70,9 @@ def main(impl: str) -> None:
     lerp = dispatch.function("lerp_", torch.zeros(1, device=DEVICE), impl)
     for weight in (0.1, torch.full((), 0.9, device=DEVICE)):
         lerp(*kinds[:2], weight, 5)
+        wide = [torch.rand(n + 1, device=DEVICE)[n % 2 :] for n in (0, 1, 64, 4097)]
+        for dtype in DTYPES:
+            lerp(wide, [t.to(dtype, copy=True) for t in wide], weight, 5)
     torch.cuda.synchronize()
     print(f"{impl}: every kernel ran")
 

@@ -92,6 +92,14 @@ def test_lerp_has_the_bits_of_the_cpu(impl):
     assert torch.equal(mine.cpu(), big)
 
 
+@pytest.mark.parametrize("other", lerps.OTHERS)
+def test_lerp_in_fp32_rounds_product_and_sum_one_by_one(impl, other):
+    """PyTorch's own may contract them."""
+    usable("lerp_", impl)
+    lerp = dispatch.function("lerp_", torch.zeros(1, device="cuda"), impl)
+    lerps.compare_fp32(lerp, "cuda", other, fused=impl == "torch")
+
+
 def test_lerp_waits_for_nothing_and_a_new_weight_compiles_nothing_anew(impl):
     usable("lerp_", impl)
     lerp = dispatch.function("lerp_", torch.zeros(1, device="cuda", dtype=torch.bfloat16), impl)
