@@ -41,6 +41,7 @@ def test_every_operation_is_timed_against_plain_pytorch_and_least_traffic(tmp_pa
         ("importance_update_", "whole"),
         ("adamw_", "single"),
         ("lerp_", "single"),
+        ("lerp_", "single, fp32"),
         ("host", "eager"),
     } <= found
     for row in record["rows"]:
@@ -141,7 +142,7 @@ def stepped_but_one(params, grads, exp_avgs, exp_avg_sqs, *rest, **constants):
 
 def rounded_to_nearest(tensors, others, weight, key):
     for t, other in zip(tensors, others, strict=True):
-        t.copy_(t.float().lerp_(other.float(), weight))
+        t.copy_(t.float().lerp_(other.float(), weight).bfloat16())
 
 
 BROKEN = {
@@ -247,7 +248,8 @@ def test_a_gather_moves_whole_sectors():
     assert grad == Traffic(10 * (96 + 6) + 4 * 3 * 4 + 32, 2 * 10 * 4 * 3)
     importance = traffic.importance_update(10, out=4, into=3, element=2, score=4)
     assert importance == Traffic(10 * 7 * 2 + 12 * (2 + 16), 2 * 10 * 4 * 3)
-    assert traffic.adamw(10) == Traffic(140, 0) and traffic.lerp(10) == Traffic(60, 0)
+    assert traffic.adamw(10) == Traffic(140, 0)
+    assert traffic.lerp(10, 2, 2) == Traffic(60, 0) and traffic.lerp(10, 4, 2) == Traffic(100, 0)
     assert traffic.write_back(row=96, n_out=4, n_in=3, subnet=4) == Traffic(4 * (12 + 96) + 56, 0)
 
 

@@ -5,7 +5,7 @@ tokens, for four selections: single neurons, aligned groups of 8 and of 16 (an e
 outputs), and a 64th of the inputs with all outputs. Each result is checked against an fp64 truth first; one that
 errs more than twice as much as PyTorch's own is reported as wrong, and not timed. GPU times are CUDA graph
 replays over input sets larger than the L2 cache, all candidates taking turns; write-back, AdamW and the
-interpolation of bf16 subnets are timed as they are called.
+interpolation of subnets are timed as they are called.
 
 Columns: least, the larger of bytes over the copy bandwidth and flops over the matrix-product rate, both
 measured first; library, plain PyTorch; default, what impl=None takes; then ratios of the default's time.

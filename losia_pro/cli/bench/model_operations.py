@@ -141,32 +141,57 @@ def adamw_(s: Setting, model: str, layers: int) -> Point:
 
 
 def lerp_(s: Setting, model: str, layers: int) -> Point:
-    """A decay of the bf16 subnets of ``layers`` decoder layers at once; the library's is PyTorch's own on fp32."""
+    """A decay of the subnets of ``layers`` decoder layers at once, in bf16 and in fp32, towards a base in bf16."""
     whole = SELECTIONS[0]
     shapes = [(whole.n_out(o), whole.n_in(i)) for i, o in MODELS[model].linears() * layers]
-    start, others = ([s.randn(*shape).to(torch.bfloat16) for shape in shapes] for _ in range(2))
-    wide, towards = ([t.float() for t in kind] for kind in (start, others))
+    short, base = ([s.randn(*shape).to(torch.bfloat16) for shape in shapes] for _ in range(2))
+    wide, towards = ([t.float() for t in kind] for kind in (short, base))
     expected = _stochastic([t + DECAY * (o - t) for t, o in zip(wide, towards, strict=True)])
+    full = [torch.randn(*shape, device=s.device) for shape in shapes]
 
-    def library(_: int) -> None:
+    def together(_: int) -> None:
         torch._foreach_lerp_(wide, towards, DECAY)
 
+    def one_by_one(_: int) -> None:
+        for t, o in zip(wide, base, strict=True):
+            t.lerp_(o.float(), DECAY)
+
     def pull(_: int, on: list[Tensor], function: Callable[..., Any]) -> None:
-        function(on, others, DECAY, rounding.key_of(SEED))
+        function(on, base, DECAY, rounding.key_of(SEED))
 
     def wrong_entries(function: Callable[..., Any]) -> float:
-        mine = [t.clone() for t in start]
+        mine = [t.clone() for t in short]
         pull(0, mine, function)
         return float(sum(int((t != e).sum()) for t, e in zip(mine, expected, strict=True)))
 
-    candidates = {LIBRARY: Candidate(library, 0.0)}
-    for way in s.ways("lerp_", s.device):
-        function = dispatch.function("lerp_", start[0], way.impl)
-        call = functools.partial(pull, on=[t.clone() for t in start], function=function)
-        candidates[way.name] = way.judged(call, functools.partial(wrong_entries, function), 0.0)
-    key = {"op": "lerp_", "selection": whole.name, "model": model, "layers": layers}
-    least = traffic.lerp(sum(t.numel() for t in start))
-    return Point(1, [Case(key, "lerp in fp32", least, candidates)], graphs=False)
+    def largest_error(function: Callable[..., Any]) -> float:
+        """In units of what roundings to a part in 2^24 may add up to, so at most 1: of weight, difference and
+        product, each of the product's size, with one more for what they do to each other, and of the sum."""
+        mine = [t.clone() for t in full]
+        pull(0, mine, function)
+        worst = []
+        for t, start, o in zip(mine, full, base, strict=True):
+            product = DECAY * (o.double() - start.double())
+            true = start + product
+            unit = 2**-24 * (true.abs() + 4 * product.abs())
+            worst.append(((t - true).abs() / unit).max())
+        return float(torch.stack(worst).max())
+
+    cases = []
+    entries = sum(t.numel() for t in short)
+    for name, start, library, what, check, allowed in (
+        (whole.name, short, together, "lerp in fp32", wrong_entries, 0.0),
+        (f"{whole.name}, fp32", full, one_by_one, "lerp_ of each, to its base in fp32", largest_error, 1.0),
+    ):  # fmt: skip
+        candidates = {LIBRARY: Candidate(library, 0.0)}
+        for way in s.ways("lerp_", s.device):
+            function = dispatch.function("lerp_", start[0], way.impl)
+            call = functools.partial(pull, on=[t.clone() for t in start], function=function)
+            candidates[way.name] = way.judged(call, functools.partial(check, function), allowed)
+        key = {"op": "lerp_", "selection": name, "model": model, "layers": layers}
+        least = traffic.lerp(entries, start[0].element_size(), base[0].element_size())
+        cases.append(Case(key, what, least, candidates))
+    return Point(1, cases, graphs=False)
 
 
 POINTS: dict[str, Callable[[Setting, str, int], Point]] = {

@@ -71,9 +71,9 @@ def adamw(entries: int) -> Traffic:
     return Traffic(14 * entries, 0)
 
 
-def lerp(entries: int) -> Traffic:
-    """Two bf16 tensors read, one written."""
-    return Traffic(6 * entries, 0)
+def lerp(entries: int, element: int, other: int) -> Traffic:
+    """Tensors and others read, tensors written."""
+    return Traffic(entries * (2 * element + other), 0)
 
 
 def dense_gradient(tokens: int, out: int, into: int, element: int) -> Traffic:
