@@ -7,8 +7,12 @@
 // and written with k bytes each. A dozen flops an entry, so the bytes decide. The host hands over so few rows at a
 // time that the product is still in L2 when it is read here.
 //
-// The shape: a thread takes one entry at a time and strides over the grid, so neighbouring threads share lines of
-// every operand. THREADS and BLOCKS may be any powers of two up to 1024 threads.
+// The shape: a thread takes EIGHT neighbouring entries of a row, 16 bytes or 32 of each operand, and loads all of them
+// before it computes. All but the product, whose place in L2 the next one takes, are marked as first to leave. Where
+// rows do not consist of whole eights that begin at multiples of 16 bytes, a thread takes one entry at a time and
+// strides over the grid. THREADS and BLOCKS may be any powers of two up to 1024 threads.
+#include <climits>
+
 #include "dtypes.cuh"
 #include "losia.h"
 
@@ -16,10 +20,59 @@ namespace losia {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int BLOCKS = 2048;  // at most
+constexpr int BLOCKS = 2048;  // at most, of single entries
+constexpr int EIGHT = 8;
 
 template <typename Weight, typename Kept>
-__global__ void __launch_bounds__(THREADS) importance_update_kernel(ImportanceUpdate u) {
+__device__ inline void step(const ImportanceUpdate& u, float g, Weight weight, Kept& importance, Kept& uncertainty) {
+  const float gw = g * u.scale * widen(weight);
+  const float now = u.variant == 0 ? fabsf(gw - 0.5f * gw * gw) : u.variant == 1 ? fabsf(gw) : gw * gw;
+  const float smoothed = u.beta1 * widen(importance) + u.rest1 * now;
+  importance = convert<Kept>(smoothed);
+  uncertainty = convert<Kept>(u.beta2 * widen(uncertainty) + u.rest2 * fabsf(now - smoothed));
+}
+
+// Eight neighbours, loaded and stored 16 bytes at a time.
+template <typename T> union Eight {
+  static constexpr int LOADS = EIGHT * sizeof(T) / 16;
+  uint4 bits[LOADS];
+  T value[EIGHT];
+
+  __device__ Eight(const void* from, int64_t i, bool stays = false) {
+    const uint4* at = static_cast<const uint4*>(from) + i * LOADS;
+#pragma unroll
+    for (int k = 0; k < LOADS; ++k) bits[k] = stays ? at[k] : __ldcs(at + k);
+  }
+  __device__ void store(void* to, int64_t i) const {
+#pragma unroll
+    for (int k = 0; k < LOADS; ++k) __stcs(static_cast<uint4*>(to) + i * LOADS + k, bits[k]);
+  }
+};
+
+template <typename Weight, typename Kept>
+__global__ void __launch_bounds__(THREADS) update_eights_kernel(ImportanceUpdate u, unsigned eights, unsigned a_row) {
+  const unsigned i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= eights) return;
+  const unsigned row = i / a_row, column = i % a_row;
+  const Eight<float> product(u.product, i, true);
+  const Eight<Weight> weight(u.weight, row * (u.weight_stride_r / EIGHT) + column);
+  Eight<Kept> importance(u.importance, i), uncertainty(u.uncertainty, i);
+  float g[EIGHT];
+#pragma unroll
+  for (int k = 0; k < EIGHT; ++k) g[k] = product.value[k];
+  if (u.grad) {
+    const Eight<float> grad(u.grad, i);
+#pragma unroll
+    for (int k = 0; k < EIGHT; ++k) g[k] += grad.value[k];
+  }
+#pragma unroll
+  for (int k = 0; k < EIGHT; ++k) step(u, g[k], weight.value[k], importance.value[k], uncertainty.value[k]);
+  importance.store(u.importance, i);
+  uncertainty.store(u.uncertainty, i);
+}
+
+template <typename Weight, typename Kept>
+__global__ void __launch_bounds__(THREADS) update_entries_kernel(ImportanceUpdate u) {
   Kept* importance = static_cast<Kept*>(u.importance);
   Kept* uncertainty = static_cast<Kept*>(u.uncertainty);
   const Weight* weight = static_cast<const Weight*>(u.weight);
@@ -28,24 +81,32 @@ __global__ void __launch_bounds__(THREADS) importance_update_kernel(ImportanceUp
     const int64_t row = i / u.columns, column = i % u.columns;
     float g = u.product[i];
     if (u.grad) g += u.grad[i];
-    const float gw = g * u.scale * widen(weight[row * u.weight_stride_r + column * u.weight_stride_c]);
-    const float now = u.variant == 0 ? fabsf(gw - 0.5f * gw * gw) : u.variant == 1 ? fabsf(gw) : gw * gw;
-    const float smoothed = u.beta1 * widen(importance[i]) + u.rest1 * now;
-    importance[i] = convert<Kept>(smoothed);
-    uncertainty[i] = convert<Kept>(u.beta2 * widen(uncertainty[i]) + u.rest2 * fabsf(now - smoothed));
+    step(u, g, weight[row * u.weight_stride_r + column * u.weight_stride_c], importance[i], uncertainty[i]);
   }
+}
+
+template <typename Weight, typename Kept> cudaError_t launch(const ImportanceUpdate& u, cudaStream_t stream) {
+  const int64_t numel = u.rows * u.columns, eights = numel / EIGHT;
+  const uintptr_t addresses = uintptr_t(u.importance) | uintptr_t(u.uncertainty) | uintptr_t(u.weight) |
+                              uintptr_t(u.product) | uintptr_t(u.grad);
+  const bool rows_of_eights = u.columns % EIGHT == 0 && u.weight_stride_c == 1 && u.weight_stride_r % EIGHT == 0;
+  if (rows_of_eights && addresses % 16 == 0 && eights <= INT_MAX) {
+    const unsigned blocks = unsigned((eights + THREADS - 1) / THREADS), a_row = unsigned(u.columns / EIGHT);
+    update_eights_kernel<Weight, Kept><<<blocks, THREADS, 0, stream>>>(u, unsigned(eights), a_row);
+  } else {
+    const int64_t needed = (numel + THREADS - 1) / THREADS;
+    update_entries_kernel<Weight, Kept><<<unsigned(needed < BLOCKS ? needed : BLOCKS), THREADS, 0, stream>>>(u);
+  }
+  return cudaGetLastError();
 }
 
 template <typename Weight>
 cudaError_t launch(const ImportanceUpdate& u, cudaStream_t stream) {
-  const int64_t needed = (u.rows * u.columns + THREADS - 1) / THREADS;
-  const unsigned blocks = unsigned(needed < BLOCKS ? needed : BLOCKS);
   switch (u.kept_dtype) {
-    case Dtype::fp32: importance_update_kernel<Weight, float><<<blocks, THREADS, 0, stream>>>(u); break;
-    case Dtype::bf16: importance_update_kernel<Weight, __nv_bfloat16><<<blocks, THREADS, 0, stream>>>(u); break;
+    case Dtype::fp32: return launch<Weight, float>(u, stream);
+    case Dtype::bf16: return launch<Weight, __nv_bfloat16>(u, stream);
     default: return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
 }
 
 }  // namespace

@@ -223,6 +223,18 @@ def test_importance_update_is_as_exact_as_pytorch(impl, tokens, out, into, dtype
         assert ours <= 2 * max(own, least)
 
 
+def test_where_a_weight_lies_changes_no_bit_of_its_importance(impl):
+    usable("importance_update_", impl)
+    dy, x, weight = (randn(*s, dtype=torch.bfloat16) for s in ((64, 392), (64, 200), (392, 200)))
+    found = []
+    for wide in (weight, torch.cat([weight, weight], 1), torch.cat([weight, weight[:, :1]], 1)):
+        kept = torch.zeros(2, 392, 200, device=DEVICE)
+        args = (*kept, wide[:, :200], dy, x, None, 0.85, 0.85, "taylor")
+        torch.ops.losia_pro.importance_update_(*args, impl=impl)
+        found.append(kept)
+    assert all(torch.equal(kept, found[0]) for kept in found)
+
+
 def test_what_a_step_weighs_is_rounded_once(impl):
     """1 - fp32(0.85) is 2.0e-7 of it away from fp32(1 - 0.85)."""
     usable("importance_update_", impl)
