@@ -29,6 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
         "schedule",
         "sharded",
         "shared",
+        "splits",
         "tables",
     ),
     ("base", "selection"),

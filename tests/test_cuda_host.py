@@ -2,146 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import sys
-import types
 
 import lerps
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
+from cuda_on_cpu import cuda_ops_on_cpu
 
-from losia_pro import reference, rounding, torch_ops
-
-
-def memory(address: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor at an address."""
-    buffer = (ctypes.c_char * max(1, numel * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(buffer, dtype=dtype, count=numel)
-
-
-class Kernels(types.ModuleType):
-    """What csrc/ computes, on the CPU and from the same arguments: addresses, sizes, strides."""
-
-    ARCHS = "75-real,80-real,86-real,90-real,120"
-    PART = 32
-    ADAMW_PART = 64
-    LERP_PART = 48
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-    def __init__(self) -> None:
-        super().__init__("losia_pro._cuda")
-        self.units: list[int] = []
-        self.rows: list[int] = []
-
-    def gather_columns(
-        self, x, in_idx, out, tokens, n_in, stride_t, stride_c, unit, step, device, stream
-    ):
-        assert (device, stream) == (0, 7) and n_in % step == 0
-        self.units.append(unit)
-        idx, units = memory(in_idx, n_in, torch.int64).tolist(), n_in // step
-        for t in range(tokens):
-            for j in range(units):
-                source = x + idx[j * step] * stride_c + t * stride_t
-                target = out + (t * units + j) * unit
-                assert source % unit == target % unit == 0
-                ctypes.memmove(target, source, unit)
-
-    def importance_update(
-        self, importance, uncertainty, weight, product, grad, rows, columns, stride_r, stride_c,
-        beta1, rest1, beta2, rest2, scale, variant, weight_dtype, kept_dtype, device, stream,
-    ):  # fmt: skip
-        assert (device, stream) == (0, 7)
-        beta1, rest1, beta2, rest2, scale = torch.tensor([beta1, rest1, beta2, rest2, scale])
-        self.rows.append(rows)
-        span = (rows - 1) * stride_r + (columns - 1) * stride_c + 1
-        w = memory(weight, span, self.DTYPES[weight_dtype])
-        w = w.as_strided((rows, columns), (stride_r, stride_c)).float()
-        g, i, u = (
-            memory(p, rows * columns, d).view(rows, columns)
-            for p, d in (
-                (product, torch.float32),
-                (importance, self.DTYPES[kept_dtype]),
-                (uncertainty, self.DTYPES[kept_dtype]),
-            )
-        )
-        g = g + memory(grad, rows * columns, torch.float32).view(rows, columns) if grad else g
-        now = reference.importance(g * scale, w, reference.VARIANTS[variant])
-        smoothed = beta1 * i.float() + rest1 * now
-        i.copy_(smoothed)
-        u.copy_(beta2 * u.float() + rest2 * (now - smoothed).abs())
-
-    def write_back(
-        self, layers, parts, n_parts, log2_columns, weight_dtype, subnet_dtype, key, device, stream
-    ):
-        assert (device, stream) == (0, 7)
-        width = 2**log2_columns
-        height = self.PART // width
-        for layer, part in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
-            row = memory(layers + 72 * layer, 9, torch.int64).tolist()
-            weight, subnet, out_idx, in_idx, n_out, n_in, stride_r, stride_c, n = row
-            rows, columns = (
-                memory(p, n, torch.int64).tolist() for p, n in ((out_idx, n_out), (in_idx, n_in))
-            )
-            values = memory(subnet, n_out * n_in, self.DTYPES[subnet_dtype]).view(n_out, n_in)
-            dtype = self.DTYPES[weight_dtype]
-            if key and (dtype, values.dtype) == (torch.bfloat16, torch.float32):
-                random = rounding.noise(rounding.numbers_of(values, n), key)
-                values = rounding.to_bf16(values, random)
-            across = -(-n_in // width)
-            i0, j0 = part // across * height, part % across * width
-            for i in range(i0, min(i0 + height, n_out)):
-                for j in range(j0, min(j0 + width, n_in)):
-                    at = weight + (rows[i] * stride_r + columns[j] * stride_c) * dtype.itemsize
-                    memory(at, 1, dtype).copy_(values[i, j])
-
-    def adamw(
-        self, tensors, factors, parts, n_parts, keep, rest1, beta2, rest2, eps, sign, device, stream
-    ):
-        assert (device, stream) == (0, 7)
-        for which, block in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
-            *addresses, numel, key = memory(tensors + 48 * which, 6, torch.int64).tolist()
-            lr, scale = memory(factors + 8 * which, 2, torch.float32)
-            part = slice(block * self.ADAMW_PART, (block + 1) * self.ADAMW_PART)
-            short = [memory(a, numel, torch.bfloat16)[part] for a in addresses]
-            p, g, m, v = (t.float() for t in short)
-            g = g * sign
-            m = m + rest1 * (g - m)
-            v = v * beta2 + rest2 * g * g
-            p = p * keep - lr * (m / (v.sqrt() * scale + eps))
-            random = rounding.noise(rounding.numbers_of(p, part.start), key)
-            short[0].copy_(rounding.to_bf16(p, random))
-            short[2].copy_(rounding.to_bf16(m, random >> 16))
-            short[3].copy_(rounding.to_bf16(v, rounding.mix(random)))
-
-    def lerp(self, tensors, weight, parts, n_parts, dtype, other_dtype, device, stream):
-        assert (device, stream) == (0, 7)
-        (w,) = memory(weight, 1, torch.float32)
-        for which, block in memory(parts, 2 * n_parts, torch.int32).view(-1, 2).tolist():
-            row = memory(tensors + 40 * which, 5, torch.int64).tolist()
-            *addresses, numel, before, key = row
-            part = slice(block * self.LERP_PART, (block + 1) * self.LERP_PART)
-            dtypes = self.DTYPES[dtype], self.DTYPES[other_dtype]
-            t, other = (memory(a, numel, d)[part] for a, d in zip(addresses, dtypes, strict=True))
-            start, c = (t, w) if w < 0.5 else (other, w - 1)
-            value = start.float() + (other.float() - t.float()) * c
-            random = rounding.noise(rounding.numbers_of(value, before + part.start), key)
-            t.copy_(rounding.to_bf16(value, random) if t.dtype == torch.bfloat16 else value)
+from losia_pro import reference, torch_ops
 
 
 @pytest.fixture
 def cuda_ops(monkeypatch):
-    """losia_pro._cuda_ops over those kernels, with CPU tensors let through."""
-    torch.manual_seed(0)
-    module = Kernels()
-    monkeypatch.setitem(sys.modules, "losia_pro._cuda", module)
-    monkeypatch.delitem(sys.modules, "losia_pro._cuda_ops", raising=False)
-    wrapper = importlib.import_module("losia_pro._cuda_ops")
-    monkeypatch.setattr(wrapper, "_where", lambda device: (0, 7))
-    wrapper.kernels = module
-    yield wrapper
-    sys.modules.pop("losia_pro._cuda_ops", None)
+    yield from cuda_ops_on_cpu(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -192,33 +66,31 @@ def test_gather_columns_moves_runs_16_bytes_at_a_time_where_they_are_aligned(
     assert cuda_ops.kernels.units == [16 if wide else dtype.itemsize]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("group", [1, 4, 24])
-def test_subnet_grad_is_the_product_of_what_was_gathered(cuda_ops, group, dtype):
-    dy, x_sub = torch.randn(9, 24).to(dtype), torch.randn(9, 5).to(dtype)
-    idx = torch.arange(24) if group == 24 else torch.tensor([4, 5, 6, 7, 16, 17, 18, 19])
-    ours = cuda_ops.subnet_grad(dy, x_sub, idx, torch.float32, group)
-    assert torch.equal(ours, torch_ops.product(dy[:, idx], x_sub, torch.float32))
-    assert len(cuda_ops.kernels.units) == (group != 24)
-
-
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_importance_is_updated_some_rows_at_a_time(
     cuda_ops, micro_batches, variant, kept, monkeypatch
 ):
-    monkeypatch.setattr(cuda_ops, "_CHUNK", 128 * 20)
-    dy, x = torch.randn(7, 300).bfloat16(), torch.randn(7, 20).bfloat16()
-    weight = torch.randn(20, 300).bfloat16().T
-    grad = torch.randn(300, 20) if micro_batches > 1 else None
-    ours = [torch.rand(300, 20).to(kept) for _ in range(2)]
+    monkeypatch.setattr(cuda_ops, "_CHUNK", 400 * 20)
+    dy, x = torch.randn(7, 900).bfloat16(), torch.randn(7, 20).bfloat16()
+    weight = torch.randn(20, 900).bfloat16().T
+    grad = torch.randn(900, 20) if micro_batches > 1 else None
+    ours = [torch.rand(900, 20).to(kept) for _ in range(2)]
     truth = [t.clone() for t in ours]
     for function, to in ((cuda_ops, ours), (torch_ops, truth)):
         function.importance_update_(*to, weight, dy, x, grad, 0.8, 0.9, variant, 0.5)
-    assert cuda_ops.kernels.rows == [128, 128, 44]
+    assert cuda_ops.kernels.rows == [384, 384, 132]
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_no_product_is_of_few_rows_however_wide_they_are(cuda_ops, monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_CHUNK", 20)
+    kept = torch.zeros(2, 300, 20)
+    dy, x, weight = torch.randn(7, 300), torch.randn(7, 20), torch.randn(300, 20)
+    cuda_ops.importance_update_(*kept, weight, dy, x, None, 0.8, 0.9, "first")
+    assert cuda_ops.kernels.rows == [256, 44]
 
 
 def test_what_a_step_weighs_is_rounded_once(cuda_ops):

@@ -18,6 +18,44 @@ def test_aligned_runs_give_what_single_neurons_give(impl, dtype, group, tokens, 
     as_exact_as_pytorch(grad(dy, x_sub, idx, impl, group=group), dy, x_sub, idx)
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, group, runs, n_in",
+    [
+        (1, 8, 16, 8),
+        (31, 16, 9, 136),
+        (333, 8, 17, 200),  # edges on all sides
+        (1000, 8, 16, 1024),
+        (4097, 16, 86, 512),  # several splits, and one token more
+        (9000, 24, 6, 1000),
+        (32768, 16, 8, 264),
+    ],
+)
+def test_runs_are_multiplied_where_they_lie(
+    impl, tokens, group, runs, n_in, dtype, out_dtype, monkeypatch
+):
+    """Rows have something between them, and what is not chosen is NaN."""
+    usable("subnet_grad", impl)
+    if impl == "cuda":
+        from losia_pro import _cuda_ops
+
+        if not _cuda_ops._processors(torch.device(DEVICE, torch.cuda.current_device())):
+            pytest.skip("needs compute capability 8.0")
+        monkeypatch.setattr(_cuda_ops, "_FUSED_TOKENS", 0)
+        monkeypatch.setattr(_cuda_ops, "gather_columns", None)  # not called
+    out, idx = group * 3 * runs, choose_runs(3 * runs, runs, group)
+    dy = torch.full((tokens, out + 8), torch.nan, dtype=dtype, device=DEVICE)[:, :out]
+    dy[:, idx] = randn(tokens, len(idx), dtype=dtype)
+    x_sub = torch.full((tokens, n_in + 8), torch.nan, dtype=dtype, device=DEVICE)[:, :n_in]
+    x_sub.copy_(randn(tokens, n_in, dtype=dtype))
+    ours = grad(dy, x_sub, idx, impl, out_dtype, group)
+    assert ours.dtype == out_dtype and torch.equal(
+        grad(dy, x_sub, idx, impl, out_dtype, group), ours
+    )
+    as_exact_as_pytorch(ours, dy, x_sub, idx)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, out, n_in", [(8192, 4096, 64), (1000, 777, 172), (1, 1, 1)])
 def test_a_whole_side_needs_no_indices(impl, dtype, tokens, out, n_in):
