@@ -101,6 +101,34 @@ def test_a_paired_floor_is_measured_on_the_same_model(tmp_path):
     assert ours["ratio"] == pytest.approx(ours["median_ms"] / ours["floor_ms"], abs=1e-4)
 
 
+def test_a_paired_floor_is_timed_in_turn_unless_a_layer_is_profiled(tmp_path, monkeypatch):
+    order: list[str] = []
+    for name in ("step", "frozen"):
+        old = getattr(Trainer, name)
+        monkeypatch.setattr(
+            Trainer, name, lambda self, old=old, name=name: (order.append(name), old(self))[1]
+        )
+    flags = "--methods", "losia-pro,losia-pro+profile", "--modes", "eager", "--pair"
+    _, record = bench(tmp_path, *flags, "--steps", "6", "--warmup", "2")
+    _, ours, profiled, _ = record["rows"]
+    assert (ours["steps"], profiled["steps"]) == (6, 6)
+    alone, turns = ["step"] * (2 + 6), ["step"] * 4 + ["frozen"] * 4 + ["step"] * 2 + ["frozen"] * 2
+    ahead = ["step"] * 2 + ["frozen"] * 2
+    assert order == [*alone, *alone, *ahead, *turns, *alone, *alone, *alone]
+
+
+def test_a_frozen_step_between_two_others_changes_nothing():
+    with_it, without = trainer("losia-pro"), trainer("losia-pro")
+    losses = []
+    for tuned in (with_it, without):
+        losses.append([float(tuned.step())])
+        if tuned is with_it:
+            tuned.frozen()
+            assert all(p.grad is None and p.requires_grad for p in tuned.prepared.parameters)
+        losses[-1] += [float(tuned.step()) for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
 def test_the_floor_backpropagates_to_its_inputs_and_trains_nothing():
     floor = trainer("floor")
     seen = []

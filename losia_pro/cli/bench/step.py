@@ -5,7 +5,8 @@ what the method does after it (write-back); gradients are not clipped. The floor
 and the gradient with respect to its inputs, without an optimizer: no method that backpropagates through every
 layer with the same dense products can be faster. Each method gets a fresh model; that the loss is finite and that
 everything trained has changed is checked before anything is timed. The floor is measured again at the end of
-each mode, which shows the run's noise; with --pair it is measured before each losia-pro method, on the same model.
+each mode, which shows the run's noise; with --pair it is measured before each losia-pro method, on the same model, and
+its steps are timed in turn with the method's, by four (not where a layer is profiled).
 With --breakdown a few more steps of each method are profiled after those that are timed, and the record says by
 which GPU kernels the method differs from its floor.
 
@@ -26,6 +27,7 @@ from . import device as devices
 from .estimate import row_seconds, step_seconds
 from .record import Record
 from .table import number, ratio, table
+from .timing import Stats
 from .trainer import Trainer, time_steps
 
 __doc__ += "\n".join((methods.__doc__ or "").splitlines()[2:])
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pair",
         action="store_true",
-        help="measure the floor before each losia-pro method, on its model",
+        help="measure the floor on each losia-pro method's model, in turn with it",
     )
     parser.add_argument(
         "--breakdown",
@@ -94,7 +96,7 @@ def _plan(
             shape = (args.model, args.layers, args.batch, args.length)
             seconds = steps * step_seconds(*shape, method, mode, rate)
             if _paired(args, method):
-                seconds += steps * step_seconds(*shape, "floor", mode, rate)
+                seconds += 2 * steps * step_seconds(*shape, "floor", mode, rate)
             yield runs.Measurement(mode, method, row_seconds(seconds, 1, mode, device.type))
 
 
@@ -115,19 +117,25 @@ def _measure(
         del trainer
     method = "floor" if m.method == AGAIN else m.method
     trainer = runs.trainer(args, model, method, m.mode, ids)
-    result |= _figures(args, trainer, device)
+    result |= _figures(args, trainer, device, result.get("own_floor"))
     result["trainable"] = sum(p.numel() for p in trainer.prepared.parameters)
     if m.mode == "compiled":
         result["graph_breaks"] = models.graph_breaks() - breaks
     return result
 
 
-def _figures(args: argparse.Namespace, trainer: Trainer, device: torch.device) -> dict[str, Any]:
-    timed = time_steps(trainer, args.warmup, args.steps, device)
-    figures: dict[str, Any] = {
-        "median_ms": round(timed.ms.median, 3),
-        "p20_ms": round(timed.ms.p20, 3),
-        "p80_ms": round(timed.ms.p80, 3),
+def _figures(
+    args: argparse.Namespace, trainer: Trainer, device: torch.device, own_floor: runs.Row | None = None
+) -> runs.Row:  # fmt: skip
+    """``own_floor``, of the same model: its times are those in turn with the method's, unless a layer is profiled,
+    which the frozen model would be too."""
+    losia = trainer.prepared.losia
+    in_turn = own_floor is not None and losia is not None and losia.config.period is None
+    timed = time_steps(trainer, args.warmup, args.steps, device, in_turn)
+    if own_floor is not None and timed.frozen_ms is not None:
+        own_floor |= _times(timed.frozen_ms)
+    figures: runs.Row = {
+        **_times(timed.ms),
         "steps": timed.ms.samples,
         "peak_bytes": timed.peak_bytes,
         "first_loss": timed.first_loss,
@@ -137,6 +145,14 @@ def _figures(args: argparse.Namespace, trainer: Trainer, device: torch.device) -
     if args.breakdown:  # after the timed steps, which it would slow
         figures["kernels"] = breakdown.kernels_of(trainer.step, device)
     return figures
+
+
+def _times(ms: Stats) -> runs.Row:
+    return {
+        "median_ms": round(ms.median, 3),
+        "p20_ms": round(ms.p20, 3),
+        "p80_ms": round(ms.p80, 3),
+    }
 
 
 def _compared(row: runs.Row, floor: runs.Row | None) -> runs.Row:

@@ -15,6 +15,7 @@ from ..memory import Peak
 from .methods import Prepared
 from .timing import Stats, stats, synchronize
 
+TURN = 4  # steps
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -64,6 +65,17 @@ class Trainer:
         self.clear()
         return loss.detach()
 
+    def frozen(self) -> None:
+        """The floor's step on the same model: nothing of it is trained for once."""
+        parameters = self.prepared.parameters
+        for p in parameters:
+            p.requires_grad_(False)
+        try:
+            self.forward().backward()
+        finally:
+            for p in parameters:
+                p.requires_grad_(True)
+
     def bits(self) -> list[int]:
         """A sum of each trained parameter's bits: another one if the parameter changed."""
         sums = []
@@ -96,21 +108,25 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds a step, peak memory over the timed steps, the losses of the first and the last one, and how
-    long the first took, compilers and all."""
+    """Milliseconds a step, and of the frozen model's if they were timed in turn; peak memory over the timed steps, the
+    losses of the first and the last one, and how long the first took, compilers and all."""
 
     ms: Stats
+    frozen_ms: Stats | None
     peak_bytes: int  # allocated on a GPU; resident in the process on a CPU
     first_loss: float
     last_loss: float
     first_step_s: float
 
 
-def time_steps(trainer: Trainer, warmup: int, steps: int, device: torch.device) -> Timed:
+def time_steps(
+    trainer: Trainer, warmup: int, steps: int, device: torch.device, in_turn: bool = False
+) -> Timed:
     """Time ``steps`` steps after ``warmup`` of them, which are checked.
 
     On a GPU a step lasts from one event to the next without a wait between them, so the host runs ahead
-    as in training.
+    as in training. ``in_turn``: as many steps of the frozen model too, TURN of each by turns, so that a device whose
+    clock drifts does so for both.
     """
     before = trainer.bits()
     began = time.perf_counter()
@@ -118,23 +134,43 @@ def time_steps(trainer: Trainer, warmup: int, steps: int, device: torch.device) 
     first_step_s = time.perf_counter() - began
     losses += [float(trainer.step()) for _ in range(warmup - 1)]
     trainer.check(before, losses)
+    for _ in range(warmup if in_turn else 0):
+        trainer.frozen()
     synchronize(device)
     peak = Peak(device)
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
+    trained: list[bool] = []
+    while sum(trained) < steps:
+        turn = min(TURN, steps - sum(trained))
+        trained += [True] * turn + [False] * (turn if in_turn else 0)
+    last = torch.tensor(0.0)
+
+    def run(step: bool) -> None:
+        nonlocal last
+        if step:
             last = trainer.step()
+        else:
+            trainer.frozen()
+
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(trained) + 1)]
+        events[0].record()
+        for step, event in zip(trained, events[1:], strict=True):
+            run(step)
             event.record()
         synchronize(device)
         ms = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
     else:
         ms = []
-        for _ in range(steps):
+        for step in trained:
             start = time.perf_counter()
-            last = trainer.step()
+            run(step)
             ms.append((time.perf_counter() - start) * 1e3)
     final = float(last)
     if not abs(final) < float("inf"):
         raise AssertionError(f"the last loss is not finite: {final}")
-    return Timed(stats(ms), peak.read(), losses[0], final, first_step_s)
+    own, frozen = (
+        [t for t, step in zip(ms, trained, strict=True) if step is k] for k in (True, False)
+    )
+    return Timed(
+        stats(own), stats(frozen) if frozen else None, peak.read(), losses[0], final, first_step_s
+    )
