@@ -28,6 +28,7 @@ import torch
 from losia_pro import dispatch
 from losia_pro.cli.bench import device as devices
 from losia_pro.cli.bench import model_operations, operations
+from losia_pro.cli.bench.breakdown import short
 from losia_pro.cli.bench.points import Case, Setting, Way
 from losia_pro.cli.bench.record import Record, add_arguments, finish
 from losia_pro.cli.bench.shapes import MODELS, SELECTIONS
@@ -209,12 +210,6 @@ def _value(text: str, unit: str) -> float | None:
     except ValueError:
         return None
     return value * SCALES.get(unit, 1.0) if math.isfinite(value) else None
-
-
-def short(kernel: str) -> str:
-    """A kernel's name without what it returns, its template's and its own arguments."""
-    named = re.sub(r"(<unnamed>|\(anonymous namespace\))::", "", kernel)
-    return re.split(r"[(<]", named)[0].removeprefix("void ").strip()
 
 
 def shown(rows: list[dict[str, Any]]) -> str:

@@ -172,6 +172,7 @@ cudaError_t multiply(const SubnetGrad& g, Out* to, int64_t splits, cudaStream_t 
 template <typename In, typename Out> cudaError_t launch(const SubnetGrad& g, cudaStream_t stream) {
   const int64_t splits = (g.tokens + g.split_tokens - 1) / g.split_tokens;
   if (splits == 1) return multiply<In>(g, static_cast<Out*>(g.out), 1, stream);
+  if (!g.parts) return cudaErrorInvalidValue;
   const cudaError_t error = multiply<In>(g, g.parts, splits, stream);
   if (error != cudaSuccess) return error;
   const int64_t fours = g.n_out * g.n_in / 4, blocks = (fours + THREADS - 1) / THREADS;

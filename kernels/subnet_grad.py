@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..splits import gathering_pays
 from ..torch_ops import check_operands, product
 from .counters import counters
 from .gather_columns import gather_columns, hardware_run
@@ -154,8 +155,7 @@ def subnet_grad(
         key = n_out, n_in, group if whole else run
         tuned = lookup(dy.device, "subnet_grad", dy.dtype, *key)
     if fused is None:
-        # Where this kernel was faster than a gather and the library's product on an H200, or was measured to be.
-        fused = tuned is not None or (not whole and run > 1 and n_out >= 128 and n_in <= 1024)
+        fused = tuned is not None or (not whole and run > 1 and gathering_pays(n_out, n_in))
     if not fused:
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
     device = device_of(dy.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
-from .splits import split_tokens
+from .splits import SHORT, gathering_pays, split_tokens
 from .tables import adamw_tables, lerp_tables, tables
 
 try:
@@ -25,12 +25,10 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/losia.h
 
 # Entries of a product at a time: 32 MiB in fp32, half of an H200's L2, so that they are still there when they are read.
-# Of fewer rows than LEAST_ROWS the library's product is slow: of 128 x 28672 it takes three times as long an entry.
+# Of few rows the library's product is slow: of 128 x 28672 it takes three times as long an entry as of all.
 _CHUNK, _LEAST_ROWS = 2**23, 256
 
-# Of so many tokens at most, a gather and the library's product take an H200 0.8 to 1.2 of the time of Triton's product
-# that gathers: the sum of splits costs as much as the gather.
-_FUSED_TOKENS = 2048
+_FUSED_TOKENS = SHORT
 
 
 def archs() -> str:
@@ -112,7 +110,7 @@ def subnet_grad(
     if group == dy.shape[1]:
         return torch_ops.product(dy, x_sub, out_dtype)
     n_out, n_in = out_idx.shape[0], x_sub.shape[1]
-    long = dy.shape[0] > _FUSED_TOKENS and n_out >= 128 and 0 < n_in <= 1024
+    long = dy.shape[0] > _FUSED_TOKENS and n_in > 0 and gathering_pays(n_out, n_in)
     units = group % 8 == 0 and n_in % 8 == 0 and _in_units(dy) and _in_units(x_sub)
     if long and units and (processors := _processors(dy.device)):
         return _fused(dy, x_sub, out_idx.contiguous(), out_dtype, processors)
@@ -142,11 +140,12 @@ def _fused(
     (tokens, n_in), n_out, tile = x_sub.shape, out_idx.shape[0], _cuda.GRAD_TILE
     tiles = -(-n_out // tile) * -(-n_in // tile)
     split = split_tokens(tokens, tiles, _cuda.GRAD_STEP, processors)
-    out = parts = torch.empty(n_out, n_in, dtype=out_dtype, device=dy.device)
+    out = torch.empty(n_out, n_in, dtype=out_dtype, device=dy.device)
+    parts = None
     if split < tokens:
         splits = -(-tokens // split)
         parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
-    addresses = (t.data_ptr() for t in (dy, x_sub, out_idx, parts, out))
+    addresses = (0 if t is None else t.data_ptr() for t in (dy, x_sub, out_idx, parts, out))
     strides = 2 * dy.stride(0), 2 * x_sub.stride(0)
     dtypes = DTYPES[dy.dtype], DTYPES[out_dtype]
     _cuda.subnet_grad(*addresses, tokens, n_out, n_in, split, *strides, *dtypes, *_where(dy.device))

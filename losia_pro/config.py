@@ -26,11 +26,11 @@ class LosiaConfig:
     - an eighth of both: 87.7 %, 0.980; that with moves every 10 steps: 87.9 %, 0.928 (three seeds);
     - LoRA of rank 8, at that width what rank 64 is to LLaMA-2 7B: 91.1 %, 0.947; of the default's size: 96.0 %, 1.000.
 
-    Of this shape, subnets that move were never better than those that stay (``quality-levers-26m.json``), so ``period``
+    Of this shape, subnets that move gained no more than those that stay (``quality-levers-26m.json``), so ``period``
     is None. The paper's square of an eighth is better on C++ where it moves every 5 to 20 steps
     (``quality-paper-26m.json``), and over the five targets no better.
-    ``LosiaConfig.paper()`` has the published settings. Aligned groups and shared inputs make steps faster, and cost no
-    quality on the C++ target (two seeds); on the others that is not known yet.
+    ``LosiaConfig.paper()`` has the published settings. Aligned groups make steps faster, shared inputs take less
+    memory, and they cost no quality on the C++ target (two seeds); on the others that is not known yet.
 
     Args:
         rank_factor: ``p``: a subnet has ``floor(in * p)`` inputs and ``floor(out * p)`` outputs. None: 3/32 of the

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
+from .splits import SHORT
 
 IMPLS = ("torch", "triton", "cuda")
 
@@ -32,7 +33,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "lerp_": ("cuda", "triton", "torch"),  # nor is what follows it
 }
 RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
-SHORT = 2048
 # No kernel of theirs takes fp64; "torch" does.
 NOT_IN_FP64 = ("subnet_grad", "importance_update_", "lerp_")
 

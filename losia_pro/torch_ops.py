@@ -132,14 +132,16 @@ def lerp_(
     - fp32, others fp32, bf16 or fp16; here also fp64: computed in it, and ``key`` is not read. The kernels round the
       product before the sum. PyTorch's own ``lerp_``, which this is, may not: they agree to an ulp of either.
     """
+    if not tensors:
+        return
+    kind = torch.promote_types(tensors[0].dtype, torch.float32)
+    w = torch.as_tensor(weight, dtype=kind).to(tensors[0].device, non_blocking=True)
     first = 0
     for t, other in zip(tensors, others, strict=True):
         if t.dtype != torch.bfloat16:
-            at = weight.to(t) if isinstance(weight, Tensor) else weight
-            t.lerp_(other.to(t.dtype), at)
+            t.lerp_(other.to(t.dtype), w if isinstance(weight, Tensor) else weight)
             continue
         near, far = t.float(), other.float()
-        w = torch.as_tensor(weight, dtype=torch.float32).to(t.device, non_blocking=True)
         small = w.abs() < 0.5
         value = torch.where(small, near, far) + (far - near) * torch.where(small, w, w - 1)
         t.copy_(rounding.to_bf16(value, rounding.noise(rounding.numbers_of(t, first), key)))

@@ -143,7 +143,7 @@ def test_lerp_has_the_bits_of_pytorch(cuda_ops):
 
 
 @pytest.mark.parametrize("other", lerps.OTHERS)
-def test_lerp_in_fp32_rounds_product_and_sum_one_by_one(cuda_ops, other):
+def test_the_fp32_lerp_is_told_its_tensors_and_dtypes(cuda_ops, other):
     lerps.compare_fp32(cuda_ops.lerp_, "cpu", other)
 
 

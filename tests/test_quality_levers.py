@@ -258,7 +258,7 @@ def test_the_best_rate_is_the_lowest_point_of_a_parabola_with_a_worse_rate_on_bo
     rows += search("losia-1/8", "docs", {-5: 1.0, -4: 2.0})  # goes on
     rows += search("losia-1/8", "config", {-5: 2.0, -4: 1.0, -3: None})  # diverged
     rows += search("losia-1/8", "cpp", {-6: 0.0}, seed=0)  # no search
-    assert rates.best_rates(rows) == {("losia-1/8", "cpp"): pytest.approx(-3.75 / 2)}
+    assert rates.best_log_rates(rows) == {("losia-1/8", "cpp"): pytest.approx(-3.75 / 2)}
 
 
 def test_the_rule_is_a_line_through_the_logarithms_of_subnets_that_stay_and_of_all_weights():
@@ -286,7 +286,7 @@ def test_the_readme_has_the_recorded_rule():
     text = " ".join((RECORD.parents[2] / "README.md").read_text().split())
     times = [round(share ** rule["power"]) for share in (IN_FACTOR * OUT_FACTOR, 1 / 64)]
     says = (
-        f"the rate of full fine-tuning times the trained share to the power of {rule['power']:.1f}"
+        f"the rate of full fine-tuning times the trained share to the power of {rule['power']:.2f}"
     )
     assert says in text
     assert f"{times[0]} times for `LosiaConfig()`, {times[1]} times for `rank_factor=1/8`" in text

@@ -29,12 +29,13 @@ def share(method: Method) -> float | None:
     if method.kind == "full":
         return 1.0
     config = LosiaConfig(**method.settings) if method.kind == "losia" else None
+    # At 4096 what is lost by rounding to whole neurons does not count.
     if config is None or config.period or method.lever:
         return None
     return config.n_in(4096) * config.n_out(4096) / 4096**2
 
 
-def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+def best_log_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     """By method and target the logarithm (base 10) of the best rate; searches without a worse rate on both sides are
     left out."""
     losses: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -58,8 +59,8 @@ def fit(rows: Iterable[Row]) -> dict[str, Any] | None:
     """The rule, and what it rests on: ``spread`` is the standard deviation of the best rates from it, in decades.
     None for searches of fewer than two shares."""
     points = [
-        (math.log10(s), rate, name)
-        for (name, _), rate in best_rates(rows).items()
+        (math.log10(s), log_rate, name)
+        for (name, _), log_rate in best_log_rates(rows).items()
         if (s := share(METHODS[name])) is not None
     ]
     if len({x for x, _, _ in points}) < 2:

@@ -41,19 +41,27 @@ def test_split_sums_are_exact_and_the_same_bits_every_run(sizes, dtype):
         assert torch.equal(product(dy, x_sub, idx), first)
 
 
+def hold(*streams: torch.cuda.Stream) -> None:
+    """Let what follows on these streams begin together: a launch takes the host longer than the device."""
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # cycles: 10 ms
+
+
 def test_streams_at_once_do_not_count_for_each_other():
     work = [operands(8192, 4096, 32, 512) for _ in range(3)]
     alone = [product(*one) for one in work]
     streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        together = []
-        for stream, one in zip(streams, work, strict=True):
-            with torch.cuda.stream(stream):
-                together.append([product(*one) for _ in range(5)])
+    for _ in range(10):
+        hold(*streams)
+        together: list[tuple[Tensor, Tensor]] = []
+        for _ in range(5):
+            for stream, one, expected in zip(streams, work, alone, strict=True):
+                with torch.cuda.stream(stream):
+                    together.append((product(*one), expected))
         torch.cuda.synchronize()
-        for results, expected in zip(together, alone, strict=True):
-            assert all(torch.equal(r, expected) for r in results)
+        assert all(torch.equal(result, expected) for result, expected in together)
 
 
 def test_a_graph_is_replayed_beside_calls_outside_it():
@@ -67,7 +75,7 @@ def test_a_graph_is_replayed_beside_calls_outside_it():
     for stream in (torch.cuda.current_stream(), side, torch.cuda.current_stream(), side):
         for result in captured:
             result.fill_(torch.nan)
-        torch.cuda.synchronize()
+        hold(torch.cuda.current_stream(), side)
         with torch.cuda.stream(stream):
             graph.replay()
             own = product(*one), product(*other)

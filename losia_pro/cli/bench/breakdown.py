@@ -83,7 +83,9 @@ def by_name(events: Iterable[tuple[str, float]], steps: int) -> Kernels:
 
 def short(name: str) -> str:
     """``at::native::copy`` of ``void at::native::(anonymous namespace)::copy<4>(int)``."""
-    plain = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    plain = (
+        name.replace("(anonymous namespace)::", "").replace("<unnamed>::", "").removeprefix("void ")
+    )
     return (plain.split("<")[0].split("(")[0].strip() or name)[:WIDTH]
 
 

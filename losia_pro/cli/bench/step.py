@@ -40,6 +40,8 @@ NOT_SHOWN = [
     "training without that saves a little of the first layer.",
     "One device, one batch shape; other shapes weigh launches, attention and the output head differently.",
     "Compile time and the first steps are not in the figures.",
+    "A floor that is timed in turn with a method is that method's model with its subnets frozen: the host does a "
+    "little more for it than for the plain model, which floor_alone_ms is of.",
 ]
 AGAIN = "floor, again"
 
@@ -133,7 +135,7 @@ def _figures(
     in_turn = own_floor is not None and losia is not None and losia.config.period is None
     timed = time_steps(trainer, args.warmup, args.steps, device, in_turn)
     if own_floor is not None and timed.frozen_ms is not None:
-        own_floor |= _times(timed.frozen_ms)
+        own_floor |= {"alone_ms": own_floor["median_ms"], **_times(timed.frozen_ms)}
     figures: runs.Row = {
         **_times(timed.ms),
         "steps": timed.ms.samples,
@@ -162,6 +164,8 @@ def _compared(row: runs.Row, floor: runs.Row | None) -> runs.Row:
         "floor_peak_bytes": floor and floor["peak_bytes"],
         "ratio": floor and round(row["median_ms"] / floor["median_ms"], 4),
     }
+    if floor and "alone_ms" in floor:
+        compared["floor_alone_ms"] = floor["alone_ms"]
     if "kernels" in row:
         compared |= breakdown.figures(row["kernels"], floor and floor["kernels"])
     return compared
