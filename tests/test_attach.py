@@ -95,7 +95,7 @@ NO_TARGET = {
 NO_WEIGHT = {
     "too few outputs": (
         toys.stack, {"out_factor": 0.05},
-        "layers.0.down is too small to slice: 24 inputs and 16 outputs leave a subnet of 1 inputs and 0 outputs",
+        "layers.0.down is too small to slice: 24 inputs and 16 outputs leave a subnet of 2 inputs and 0 outputs",
     ),
     "too few inputs": (
         toys.stack, {"rank_factor": 1 / 20},
