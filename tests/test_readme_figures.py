@@ -1,0 +1,98 @@
+"""README.md: the figures in its sentences are those of the records."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+from benchmarks.draw_quality_cost import costs
+
+ROOT = Path(__file__).parent.parent
+TEXT = " ".join((ROOT / "README.md").read_text().split())
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def steps(model: str, mode: str) -> dict[str, Any]:
+    """Rows by method: of the 7B model the newest of all its records, as the table has them."""
+    if model != "llama2-7b":
+        rows = record(f"step-{model}-nvidia-h200")["rows"]
+        return {r["method"]: r for r in rows if r["mode"] == mode}
+    paths = (ROOT / "benchmarks" / "results").glob("step-llama2-7b-*-nvidia-h200.json")
+    return costs([json.loads(path.read_text()) for path in paths], mode)
+
+
+def test_the_default_against_lora_of_rank_64():
+    less = []
+    for mode in ("eager", "checkpointed"):
+        rows = steps("llama2-7b", mode)
+        ours, lora = rows["losia-pro-default"], rows["lora-r64"]
+        less += [
+            lora["median_ms"] - ours["median_ms"],
+            (lora["peak_bytes"] - ours["peak_bytes"]) / 1e9,
+        ]
+    says = (
+        f"takes {less[0]:.0f} ms and {less[1]:.0f} GB less than LoRA's of rank 64 (below; checkpointed, "
+        f"{less[2]:.0f} ms less and {-less[3]:.1f} GB more)"
+    )
+    assert says in TEXT, says
+
+
+def test_other_models_over_their_floors():
+    found = []
+    for model in ("llama2-13b", "llama3-8b", "gemma-2b"):
+        row = steps(model, "eager")["losia-pro"]
+        more = (row["peak_bytes"] - row["floor_peak_bytes"]) / 1e9
+        found += [f"{row['ratio'] - 1:.1%}".replace("%", " %"), f"{more:.1f} GB"]
+    says = (
+        "LLaMA-2 13B's shape takes {} and {} more than its floor, Llama-3 8B's {} and {}, Gemma 2B's {} and {}"
+    ).format(*found)
+    assert says in TEXT, says
+
+
+def test_shares_of_full_fine_tunings_gain():
+    content = record("quality-26m")
+    mean = {
+        method: statistics.fmean(r["recovered"] for r in content["rows"] if r["method"] == method)
+        for method in content["plan"]["methods"]
+    }
+
+    def percent(method: str) -> str:
+        return f"{100 * mean[method]:.1f} %"
+
+    for says in (
+        f"`LosiaConfig()` recovers {percent('losia-default')} of full fine-tuning's gain, LoRA of rank 8 "
+        f"{percent('lora-r8')}.",
+        f"Without decay the same block gains {percent('losia-default-no-decay')}",
+        f"with a decay of 1 it gains {percent('losia-default-decay-1')}",
+        f"An eighth of the inputs gains {percent('losia-1/8x1-decay')}",
+        f"({content['rate_rule']['searches']} searches, {content['rate_rule']['spread']:.2f} decades",
+    ):
+        assert says in TEXT, says
+
+
+def test_studies():
+    levers, bound, continual = (
+        record(f"quality-{n}-26m") for n in ("levers", "bound", "continual")
+    )
+    missing = f"({levers['planned'] - levers['done']} of {levers['planned']} runs are missing)"
+    assert missing in TEXT or levers["complete"], missing
+    loss = {r["method"]: f"{-r['AP']:.2f}" for r in continual["rows"]}
+    says = (
+        f"ends at a mean loss of {loss['losia-default']} over them, full fine-tuning at {loss['full']}, the paper's "
+        f"configuration with a period of 10 at {loss['losia-paper-T10']} and LoRA of rank 8 at {loss['lora-r8']}"
+    )
+    assert says in TEXT, says
+    cases = bound["sentence"].split(" cases")[0].split()[-1]
+    times = float(bound["sentence"].split("bound is ")[1].split()[0])
+    says = f"holds in all {cases} cases tried, of layers, sizes, targets and ways to choose `P`, and is {times:.0f} times"
+    assert says in TEXT, says
