@@ -191,10 +191,7 @@ class Losia:
             decay.pull(self, optimizer)
         # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
         for k, (subnets, old, factor) in enumerate(self._before):
-            if subnets[0].dtype != torch.bfloat16:
-                torch._foreach_lerp_([sharded.local(s) for s in subnets], old, 1 - factor)
-            else:
-                decay.lerp_(subnets, old, 1 - factor, self.config.seed, self.step, k, 1)
+            decay.lerp_(subnets, old, 1 - factor, self.config.seed, self.step, k, 1)
         self._before = []
         # Here and not before the step: a closure's backward comes in between. The dense weights that
         # importance reads are still those of the forward.

@@ -12,7 +12,7 @@ Entries that the loss does not hold away come back, so that less is forgotten of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -48,21 +48,19 @@ class Anchors:
 @torch.no_grad()
 def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
     """Let every subnet that has a gradient decay once, at its own learning rate, and exactly not at all where it is
-    the base's: those of one device, one of the optimizer's groups and one pair of dtypes together."""
+    the base's: those of one device and one of the optimizer's groups together."""
     group_of = {id(p): k for k, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    alike: dict[Any, tuple[int, list[Tensor], list[Tensor]]] = {}
+    alike: dict[tuple[int, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for module in losia.modules.values():
         if module.subnet.grad is None:
             continue
         subnet, base = module.subnet.detach(), losia._anchors.of(module)
         if torch.promote_types(subnet.dtype, base.dtype) != subnet.dtype:
             base = base.to(subnet.dtype)  # of a model that was cast to less
-        group = group_of[id(module.subnet)]
-        kind = group, base.device, subnet.dtype, base.dtype
-        _, subnets, bases = alike.setdefault(kind, (group, [], []))
+        subnets, bases = alike.setdefault((group_of[id(module.subnet)], base.device), ([], []))
         subnets.append(subnet)
         bases.append(base)
-    for k, (group, subnets, bases) in enumerate(alike.values()):
+    for k, ((group, _), (subnets, bases)) in enumerate(alike.items()):
         amount = optimizer.param_groups[group]["lr"] * losia.config.base_decay
         lerp_(subnets, bases, amount, losia.config.seed, losia.step, k, 2)
 
@@ -70,20 +68,22 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
 def lerp_(
     subnets: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, *numbers: int
 ) -> None:
-    """``torch_ops.lerp_`` on subnets of one device, where ``others`` hold the rows that this process trains.
+    """``torch_ops.lerp_`` on subnets of one device, where ``others`` hold the rows that this process trains; those of
+    one pair of dtypes together.
 
     The key is of ``numbers``, and for sharded subnets of their first rows here: as AdamW's, shards have random bits
     of their own, while what several processes hold stays the same on all of them.
     """
-    # The kernels take fp32 too, but are not measured in it yet; without this line, and impl=None, they are used.
-    impl = None if subnets[0].dtype == torch.bfloat16 else "torch"
-    alike: dict[bool, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+    alike: dict[object, tuple[list[Tensor], list[Tensor], list[int]]] = {}
     for subnet, other in zip(subnets, others, strict=True):
         in_parts = sharded.is_sharded(subnet)
-        own, towards, first = alike.setdefault(in_parts, ([], [], []))
+        kind = in_parts, subnet.dtype, other.dtype
+        own, towards, first = alike.setdefault(kind, ([], [], []))
         own.append(sharded.local(subnet))
         towards.append(other)
         first += [sharded.rows(subnet).start] if in_parts else []
     for own, towards, first in alike.values():
+        # The kernels take fp32 too, but are not measured in it yet; with impl=None they are used.
+        impl = None if own[0].dtype == torch.bfloat16 else "torch"
         key = rounding.key_of(*numbers, *first)
         function("lerp_", own[0], impl)(own, towards, weight, key)

@@ -150,6 +150,6 @@ def left_to_compiler(impl: str | None, group: int) -> bool:
     implementation was asked for.
 
     It sees what it may fuse, drop or recompute, and recomputes a gather whose ``x`` it keeps for another's sake: a
-    compiled step of LLaMA-2 7B took an H200 414 ms and 42.5 GB so, 415 ms and 44.6 GB with the ops.
+    compiled step of LLaMA-2 7B took an H200 414 ms and 42.5 GB so, 416 ms and 44.6 GB with the ops.
     """
     return impl is None and IMPL is None and group == 1 and torch.compiler.is_compiling()

@@ -7,7 +7,7 @@ import torch
 import toys
 
 import losia_pro
-from losia_pro import LosiaConfig, dispatch, optim
+from losia_pro import LosiaConfig, decay, dispatch, optim
 from losia_pro.tables import LERPS
 
 DECAY = 0.5
@@ -97,3 +97,14 @@ def test_a_model_that_is_cast_decays_to_its_base_in_its_own_dtype(was, now, conf
     for name, m in losia.modules.items():
         unit = 4 * torch.finfo(m.subnet.dtype).eps
         torch.testing.assert_close(m.subnet.detach().double(), want[name], rtol=unit, atol=unit)
+
+
+def test_subnets_of_several_dtypes_are_a_call_for_each(monkeypatch):
+    """As of a block whose linears are not all in bf16."""
+    start = [torch.ones(4, dtype=d) for d in (*DTYPES, DTYPES[0])]
+    others = [torch.zeros_like(t) for t in start]
+    calls = calls_of_lerp(monkeypatch)
+    decay.lerp_(start, others, 1.0, 1, 2, 3)
+    assert [len(tensors) for tensors, _ in calls] == [2, *[1] * (len(DTYPES) - 1)]
+    assert all(len({t.dtype for t in tensors}) == 1 for tensors, _ in calls)
+    assert all(torch.equal(t, o) for t, o in zip(start, others, strict=True))

@@ -94,5 +94,6 @@ def test_studies():
     assert says in TEXT, says
     cases = bound["sentence"].split(" cases")[0].split()[-1]
     times = float(bound["sentence"].split("bound is ")[1].split()[0])
-    says = f"holds in all {cases} cases tried, of layers, sizes, targets and ways to choose `P`, and is {times:.0f} times"
+    says = f"holds in all {cases} cases tried, of layers, sizes, targets and ways to choose `P`, "
+    says += f"and is {times:.0f} times"
     assert says in TEXT, says
