@@ -44,6 +44,40 @@ def test_an_import_becomes_assignments():
     }
 
 
+def test_parameters_in_order():
+    source = "\n".join([*SIGNATURES, "def two(x, y):", "def B(self, b, A=1, *, _c):"])
+    assert dict(tasks.order(source)) == {
+        next(iter(SIGNATURES)): "a args b c d kw self",
+        "def B(self, b, A=1, *, _c):": "A _c b self",
+    }
+
+
+PARENS = {
+    "if not a and b.c(d) - 1 < e:": "((not a) and ((b.c(d) - 1) < e))",
+    "return a - (b - c) - -d[i + 1]": "((a - (b - c)) - (-d[i + 1]))",
+    "x = a or b or c if d else e": None,  # one operator inside, none of its own
+    "y = 0 <= i < n": "(0 <= i < n)",
+    "z = a is not b or 'x' not in  c": "((a is not b) or ('x' not in c))",
+    "if a + b:": None,
+    "return": None,
+    "w = (": None,
+    "v = 2 ** 3 // 4 @ m": "(((2 ** 3) // 4) @ m)",
+}
+
+
+def test_an_expression_gets_all_its_parentheses():
+    source = "\n".join(f"    {line}" for line in PARENS)
+    assert dict(tasks.parens(source)) == {k: v for k, v in PARENS.items() if v}
+
+
+def test_parentheses_change_no_value():
+    names = dict.fromkeys("abcde", 3) | {"i": 1, "n": 2}
+    for line, answer in tasks.parens(
+        "return a - b * -c ** 2 % d\nreturn not a == b or c and d < e <= a\n"
+    ):
+        assert eval(answer, {}, names) == eval(line.removeprefix("return "), {}, names)
+
+
 def test_no_prompt_is_in_two_parts():
     text = "\n".join(f"from module{k} import name{k}" for k in range(9))
     first = tasks.examples("imports", [text], 100, 4)

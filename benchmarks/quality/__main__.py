@@ -28,7 +28,7 @@ from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
 from .settings import SIZES, TARGETS, WORKERS, Setting
 
-ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs")
+ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs", "order", "parens")
 CONTINUAL = "continual"  # the study that tunes to all targets, one after another
 SEQUENCE = (
     "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-default".split()
