@@ -12,15 +12,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import lerps
 import pytest
 import torch
 
 from losia_pro import reference
+from losia_pro.tables import lerp_tables
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/losia.h
-STEP = 64
+STEP, LERP_PART = 64, 2048
 
 GRAD = """
 extern "C" const char* run(const void* dy, const void* x_sub, const int64_t* out_idx, float* parts, void* out,
@@ -51,17 +53,38 @@ extern "C" const char* run(void* importance, void* uncertainty, const void* weig
 """
 
 
-def compiled(folder: Path, name: str, entry: str) -> ctypes.CDLL:
+GATHER = """
+extern "C" const char* run(const void* x, const int64_t* in_idx, void* out, int64_t tokens, int64_t n_in,
+                           int64_t stride_t, int64_t stride_c, int unit, int step) {
+  emulated::broken = "";
+  const cudaError_t error =
+      losia::gather_columns(x, in_idx, out, tokens, n_in, stride_t, stride_c, unit, step, nullptr);
+  return error == cudaSuccess ? emulated::broken : "refused";
+}
+"""
+
+LERP = """
+extern "C" const char* run(const int64_t* tensors, const float* weight, const int32_t* parts, int64_t n_parts, int t,
+                           int other) {
+  emulated::broken = "";
+  const cudaError_t error =
+      losia::lerp(tensors, weight, parts, n_parts, losia::Dtype(t), losia::Dtype(other), nullptr);
+  return error == cudaSuccess ? emulated::broken : "refused";
+}
+"""
+
+
+def compiled(folder: Path, name: str, entry: str, launches: int = 2) -> ctypes.CDLL:
     """A kernel's file and an entry point ``run``, which returns the rule that was broken, for this CPU."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    for source in ("losia.h", "subnet_grad_layout.cuh"):
+    for source in ("losia.h", "subnet_grad_layout.cuh", "rounding.cuh"):
         shutil.copy(ROOT / "csrc" / source, folder)
     for source in (ROOT / "tests" / "emulated").iterdir():
         shutil.copy(source, folder)
     text = (ROOT / "csrc" / name).read_text()
     text, found = re.subn(r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\(", r"emulated::run(\1, \2)(", text)
-    assert found == 2
+    assert found == launches
     text = re.sub(r"extern __shared__ .*", "char* const shared = emulated::shared;", text)
     (folder / "kernel.cpp").write_text(text + entry)
     library = folder / "kernel.so"
@@ -69,6 +92,7 @@ def compiled(folder: Path, name: str, entry: str) -> ctypes.CDLL:
         COMPILER,
         "-std=c++17",
         "-O1",
+        "-ffp-contract=off",
         "-shared",
         "-fPIC",
         "-I.",
@@ -213,3 +237,61 @@ def test_importance_is_updated_in_every_layout(
     for a, b in zip(ours, (smoothed, uncertain), strict=True):
         torch.testing.assert_close(a, b)
         assert torch.equal(a[rows], b[rows])
+
+
+@pytest.fixture(scope="module")
+def gather(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("gather"), "gather_columns.cu", GATHER, launches=1).run
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 18])
+@pytest.mark.parametrize(
+    "dtype, run, n_in",
+    [
+        (torch.bfloat16, 1, 1),
+        (torch.bfloat16, 1, 172),
+        (torch.bfloat16, 1, 384),  # two blocks of 192 threads
+        (torch.bfloat16, 1, 1032),
+        (torch.bfloat16, 16, 384),
+        (torch.bfloat16, 8, 8 * 43),
+        (torch.float32, 1, 300),
+        (torch.float32, 4, 48),
+        (torch.float64, 1, 33),
+    ],
+)
+def test_every_chosen_column_is_copied_once_and_nothing_else(gather, dtype, run, n_in, tokens):
+    torch.manual_seed(0)
+    runs = torch.randperm(2 * n_in // run)[: n_in // run].sort().values
+    idx = (runs[:, None] * run + torch.arange(run)).flatten()
+    x = torch.randn(tokens, 2 * n_in + 8).to(dtype)
+    out = torch.full((tokens + 2, n_in), torch.nan, dtype=dtype)
+    element = x.element_size()
+    step = 16 // element if run * element % 16 == 0 else 1
+    sizes = tokens, n_in, x.stride(0) * element, element
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, idx, out))
+    said = gather(*pointers, *map(ctypes.c_int64, sizes), step * element, step)
+    assert said.decode() == ""
+    assert torch.equal(out[:tokens], x[:, idx]) and out[tokens:].isnan().all()
+
+
+@pytest.fixture(scope="module")
+def lerp(tmp_path_factory):
+    """``losia_pro._cuda_ops.lerp_``, over the kernel on a CPU."""
+    run = compiled(tmp_path_factory.mktemp("lerp"), "lerp.cu", LERP, launches=1).run
+
+    def call(tensors, others, weight, key):
+        made = lerp_tables(tensors, others, weight, key, LERP_PART)
+        addresses = (ctypes.c_void_p(t.data_ptr()) for t in made)
+        kinds = DTYPES[tensors[0].dtype], DTYPES[others[0].dtype]
+        assert run(*addresses, ctypes.c_int64(made[-1].shape[0]), *kinds).decode() == ""
+
+    return call
+
+
+def test_the_interpolation_has_the_bits_of_pytorch(lerp):
+    lerps.compare(lerp, "cpu")
+
+
+@pytest.mark.parametrize("other", lerps.OTHERS)
+def test_the_interpolation_in_fp32_rounds_product_and_sum_one_by_one(lerp, other):
+    lerps.compare_fp32(lerp, "cpu", other)

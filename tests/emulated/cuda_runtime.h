@@ -91,11 +91,12 @@ inline void entry() {
 inline uint4 __ldcs(const uint4* from) { return *emulated::whole(from); }
 inline void __stcs(uint4* to, uint4 value) { *emulated::whole(to) = value; }
 
+inline dim3 blockIdx(0), gridDim(1), blockDim(1);
 inline struct {
   operator int() const { return emulated::current; }
-  struct { operator unsigned() const { return unsigned(emulated::current); } } x;
+  struct { operator unsigned() const { return unsigned(emulated::current) % blockDim.x; } } x;
+  struct { operator unsigned() const { return unsigned(emulated::current) / blockDim.x; } } y;
 } threadIdx;
-inline dim3 blockIdx(0), gridDim(1);
 
 inline void __syncthreads() {
   using namespace emulated;
@@ -111,10 +112,12 @@ namespace emulated {
 
 inline void (*begin_block)() = [] {};
 
-template <typename... Parameters> auto run(void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, void*) {
+template <typename... Parameters> auto run(void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes, void*) {
   return [=](auto... arguments) {
     if (!require(bytes <= int(sizeof(shared)), "more shared memory than every device has")) return;
-    gridDim = grid;
+    gridDim = grid, blockDim = block;
+    const int threads = int(block.x * block.y);
+    if (!require(threads <= 1024, "more threads than a block has")) return;
     body = [=] { kernel(arguments...); };
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
