@@ -14,6 +14,7 @@
 #include <climits>
 
 #include "dtypes.cuh"
+#include "eight.cuh"
 #include "losia.h"
 
 namespace losia {
@@ -21,7 +22,6 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int BLOCKS = 2048;  // at most, of single entries
-constexpr int EIGHT = 8;
 
 template <typename Weight, typename Kept>
 __device__ inline void step(const ImportanceUpdate& u, float g, Weight weight, Kept& importance, Kept& uncertainty) {
@@ -32,43 +32,29 @@ __device__ inline void step(const ImportanceUpdate& u, float g, Weight weight, K
   uncertainty = convert<Kept>(u.beta2 * widen(uncertainty) + u.rest2 * fabsf(now - smoothed));
 }
 
-// Eight neighbours, loaded and stored 16 bytes at a time.
-template <typename T> union Eight {
-  static constexpr int LOADS = EIGHT * sizeof(T) / 16;
-  uint4 bits[LOADS];
-  T value[EIGHT];
-
-  __device__ Eight(const void* from, int64_t i, bool stays = false) {
-    const uint4* at = static_cast<const uint4*>(from) + i * LOADS;
-#pragma unroll
-    for (int k = 0; k < LOADS; ++k) bits[k] = stays ? at[k] : __ldcs(at + k);
-  }
-  __device__ void store(void* to, int64_t i) const {
-#pragma unroll
-    for (int k = 0; k < LOADS; ++k) __stcs(static_cast<uint4*>(to) + i * LOADS + k, bits[k]);
-  }
-};
-
 template <typename Weight, typename Kept>
 __global__ void __launch_bounds__(THREADS) update_eights_kernel(ImportanceUpdate u, unsigned eights, unsigned a_row) {
   const unsigned i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= eights) return;
   const unsigned row = i / a_row, column = i % a_row;
-  const Eight<float> product(u.product, i, true);
-  const Eight<Weight> weight(u.weight, row * (u.weight_stride_r / EIGHT) + column);
-  Eight<Kept> importance(u.importance, i), uncertainty(u.uncertainty, i);
+  const int64_t n = int64_t(i) * EIGHT;
+  Kept* const kept_importance = static_cast<Kept*>(u.importance) + n;
+  Kept* const kept_uncertainty = static_cast<Kept*>(u.uncertainty) + n;
+  const Eight<float> product(u.product + n);
+  const Eight<Weight> weight(static_cast<const Weight*>(u.weight) + row * u.weight_stride_r + column * EIGHT, true);
+  Eight<Kept> importance(kept_importance, true), uncertainty(kept_uncertainty, true);
   float g[EIGHT];
 #pragma unroll
-  for (int k = 0; k < EIGHT; ++k) g[k] = product.value[k];
+  for (int k = 0; k < EIGHT; ++k) g[k] = product.of[k];
   if (u.grad) {
-    const Eight<float> grad(u.grad, i);
+    const Eight<float> grad(u.grad + n, true);
 #pragma unroll
-    for (int k = 0; k < EIGHT; ++k) g[k] += grad.value[k];
+    for (int k = 0; k < EIGHT; ++k) g[k] += grad.of[k];
   }
 #pragma unroll
-  for (int k = 0; k < EIGHT; ++k) step(u, g[k], weight.value[k], importance.value[k], uncertainty.value[k]);
-  importance.store(u.importance, i);
-  uncertainty.store(u.uncertainty, i);
+  for (int k = 0; k < EIGHT; ++k) step(u, g[k], weight.of[k], importance.of[k], uncertainty.of[k]);
+  importance.store(kept_importance, true);
+  uncertainty.store(kept_uncertainty, true);
 }
 
 template <typename Weight, typename Kept>

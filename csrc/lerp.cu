@@ -14,33 +14,15 @@
 #include <type_traits>
 
 #include "dtypes.cuh"
+#include "eight.cuh"
 #include "losia.h"
 #include "rounding.cuh"
 
 namespace losia {
 namespace {
 
-constexpr int EIGHT = 8;
 constexpr int THREADS = LERP_PART / EIGHT;
 static_assert(LERP_PART % (EIGHT * 32) == 0 && THREADS <= 1024, "every thread takes as many");
-
-template <typename T>
-struct alignas(16) Eight {
-  T of[EIGHT];
-
-  __device__ explicit Eight(const T* from) {
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) reinterpret_cast<uint4*>(of)[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
-
-  __device__ void store(T* to) const {
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(of)[i];
-  }
-
- private:
-  static constexpr int UNITS = EIGHT * sizeof(T) / sizeof(uint4);
-};
 
 struct Lerp {
   float factor;  // weight, or weight - 1

@@ -32,10 +32,9 @@ def counters(n: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def _in_turn(device: torch.device) -> bool:
-    """Whether launches on the current stream run one after another; the default stream cannot be captured."""
-    if device.type != "cuda":
-        return True
-    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    """Whether launches on the current stream run one after another; the default stream, which is 0, cannot be
+    captured."""
+    return device.type != "cuda" or torch._C._cuda_getCurrentRawStream(device.index) == 0
 
 
 def _zeros(n: int, device: torch.device) -> Tensor:

@@ -28,8 +28,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # Of few rows the library's product is slow: of 128 x 28672 it takes three times as long an entry as of all.
 _CHUNK, _LEAST_ROWS = 2**23, 256
 
-_FUSED_TOKENS = SHORT
-
 
 def archs() -> str:
     """What the module was built for, as CMake names it: ``80-real`` machine code, ``120`` with PTX too."""
@@ -110,7 +108,7 @@ def subnet_grad(
     if group == dy.shape[1]:
         return torch_ops.product(dy, x_sub, out_dtype)
     n_out, n_in = out_idx.shape[0], x_sub.shape[1]
-    long = dy.shape[0] > _FUSED_TOKENS and n_in > 0 and gathering_pays(n_out, n_in)
+    long = dy.shape[0] > SHORT and n_in > 0 and gathering_pays(n_out, n_in)
     units = group % 8 == 0 and n_in % 8 == 0 and _in_units(dy) and _in_units(x_sub)
     if long and units and (processors := _processors(dy.device)):
         return _fused(dy, x_sub, out_idx.contiguous(), out_dtype, processors)

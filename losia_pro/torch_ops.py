@@ -134,13 +134,16 @@ def lerp_(
     """
     if not tensors:
         return
-    kind = torch.promote_types(tensors[0].dtype, torch.float32)
-    w = torch.as_tensor(weight, dtype=kind).to(tensors[0].device, non_blocking=True)
+    like = tensors[0]
+    if like.dtype != torch.bfloat16:
+        if isinstance(weight, Tensor):
+            weight = weight.to(like, non_blocking=True)
+        for t, other in zip(tensors, others, strict=True):
+            t.lerp_(other.to(t.dtype), weight)
+        return
+    w = torch.as_tensor(weight, dtype=torch.float32).to(like.device, non_blocking=True)
     first = 0
     for t, other in zip(tensors, others, strict=True):
-        if t.dtype != torch.bfloat16:
-            t.lerp_(other.to(t.dtype), w if isinstance(weight, Tensor) else weight)
-            continue
         near, far = t.float(), other.float()
         small = w.abs() < 0.5
         value = torch.where(small, near, far) + (far - near) * torch.where(small, w, w - 1)

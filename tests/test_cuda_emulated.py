@@ -78,7 +78,7 @@ def compiled(folder: Path, name: str, entry: str, launches: int = 2) -> ctypes.C
     """A kernel's file and an entry point ``run``, which returns the rule that was broken, for this CPU."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    for source in ("losia.h", "subnet_grad_layout.cuh", "rounding.cuh"):
+    for source in ("losia.h", "eight.cuh", "subnet_grad_layout.cuh", "rounding.cuh"):
         shutil.copy(ROOT / "csrc" / source, folder)
     for source in (ROOT / "tests" / "emulated").iterdir():
         shutil.copy(source, folder)

@@ -1,4 +1,4 @@
-"""README.md: the figures in its sentences are those of the records."""
+"""README.md: the table of steps and the figures in its sentences are those of the records."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ from benchmarks.draw_quality_cost import costs
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join((ROOT / "README.md").read_text().split())
+MODES = ("eager", "compiled", "checkpointed")
+ROWS = {
+    "floor": "floor",
+    "`LosiaConfig()`": "losia-pro-default",
+    "`rank_factor=1/8, base_decay=0`": "losia-pro",
+    "... while a layer is profiled": "losia-pro+profile",
+    "... `neuron_group=16, share_inputs=True`": "losia-pro-g16-shared",
+    '... `subnet_dtype="bfloat16", share_inputs=True`': "losia-pro-shared-bf16",
+    "`in_factor=1/64, base_decay=0`": "losia-pro-rect",
+    "... `neuron_group=16`": "losia-pro-rect-g16",
+    "LoRA of rank 64, bf16, no dropout": "lora-r64",
+    "LoRA of rank 64, as PEFT does it, dropout 0.05": "lora-peft-r64",
+    "DoRA of rank 64, likewise": "dora-r64",
+    "full fine-tuning": "full",
+}
 
 
 def record(name: str) -> dict[str, Any]:
@@ -29,6 +44,24 @@ def steps(model: str, mode: str) -> dict[str, Any]:
         return {r["method"]: r for r in rows if r["mode"] == mode}
     paths = (ROOT / "benchmarks" / "results").glob("step-llama2-7b-*-nvidia-h200.json")
     return costs([json.loads(path.read_text()) for path in paths], mode)
+
+
+def cells(rows: dict[str, Any], method: str) -> list[str]:
+    row = rows.get(method)
+    if row is None:
+        return ["", "", ""]
+    over = "" if method == "floor" else f"{row['ratio'] - 1:.1%}"
+    return [f"{row['median_ms']:.0f}", over, f"{row['peak_bytes'] / 1e9:.1f}"]
+
+
+def test_the_table_of_steps_is_the_recorded_one():
+    found = {mode: steps("llama2-7b", mode) for mode in MODES}
+    lines = [
+        "| " + " | ".join([label, *(c for m in MODES for c in cells(found[m], method))]) + " |"
+        for label, method in ROWS.items()
+    ]
+    table = "\n".join(" ".join(line.split()) for line in lines)
+    assert table in (ROOT / "README.md").read_text(), table
 
 
 def test_the_default_against_lora_of_rank_64():

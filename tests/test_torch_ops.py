@@ -9,6 +9,7 @@ import lerps
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losia_pro import dispatch, ops, reference, torch_ops
 from losia_pro.dispatch import resolve
@@ -215,3 +216,18 @@ def test_the_process_wide_choice_yields_to_the_calls_own(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         OPS.gather_columns(*arguments("gather_columns"), impl="torch")
+
+
+def test_an_interpolation_in_fp32_sends_a_number_nowhere():
+    """A decay of every step: making a tensor of its rate would wait for the device."""
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    tensors, others = ([torch.randn(3) for _ in range(2)] for _ in range(2))
+    with Made():
+        torch_ops.lerp_(tensors, others, 0.25, 1)
+    assert made == ["aten.lerp_.Scalar"] * 2

@@ -49,6 +49,17 @@ def _pull(basis: dict[str, Any], start: int = -4, **lever: Any) -> Method:
     return losia(start=start, lever=lever, **basis)
 
 
+def fast(**shape: Any) -> dict[str, Method]:
+    """A shape as it is, and as steps are faster or smaller with it."""
+    return {
+        "single": losia(**shape),
+        "groups of 8": losia(**shape, neuron_group=8),
+        "groups of 16": losia(**shape, neuron_group=16),
+        "shared inputs": losia(**shape, share_inputs=True),
+        "groups of 16, shared": losia(**shape, neuron_group=16, share_inputs=True),
+    }
+
+
 BF16 = {"weights": "bfloat16"}
 EIGHTH: dict[str, Any] = {**FIXED, "in_factor": 1 / 8}
 SIXTEENTH: dict[str, Any] = {**FIXED, "in_factor": 1 / 16}
@@ -113,13 +124,7 @@ STUDIES: dict[str, dict[str, Method]] = {
         "1/4 x 1/4": losia(rank_factor=1 / 4, period=None),
         "1 x 1/16": losia(in_factor=1, out_factor=1 / 16, period=None),
     },
-    "fast": {
-        "single": losia(**FIXED),
-        "groups of 8": losia(**FIXED, neuron_group=8),
-        "groups of 16": losia(**FIXED, neuron_group=16),
-        "shared inputs": losia(**FIXED, share_inputs=True),
-        "groups of 16, shared": losia(**FIXED, neuron_group=16, share_inputs=True),
-    },
+    "fast": fast(**FIXED),
     "start": {
         "random": losia(**FIXED),
         "by importance": losia(**FIXED, init="calibrate"),

@@ -120,16 +120,7 @@ STUDIES = {
         },
         (),
     ),
-    "groups": Study(
-        {
-            "single": losia(**FIXED, rank_factor=1 / 4),
-            "groups of 8": losia(**FIXED, rank_factor=1 / 4, neuron_group=8),
-            "groups of 16": losia(**FIXED, rank_factor=1 / 4, neuron_group=16),
-            "shared inputs": losia(**FIXED, rank_factor=1 / 4, share_inputs=True),
-            "groups of 16, shared": losia(**FIXED, rank_factor=1 / 4, neuron_group=16, share_inputs=True),
-        },
-        (),
-    ),
+    "groups": Study(levers.fast(**FIXED, rank_factor=1 / 4), ()),
 }  # fmt: skip
 
 LEVERS = {name: Study(methods, ()) for name, methods in levers.STUDIES.items()}

@@ -44,7 +44,7 @@ def test_runs_are_multiplied_where_they_lie(
 
         if not _cuda_ops._processors(torch.device(DEVICE, torch.cuda.current_device())):
             pytest.skip("needs compute capability 8.0")
-        monkeypatch.setattr(_cuda_ops, "_FUSED_TOKENS", 0)
+        monkeypatch.setattr(_cuda_ops, "SHORT", 0)
         monkeypatch.setattr(_cuda_ops, "gather_columns", None)  # not called
     if impl == "triton" and gathering_pays(group * runs, n_in):
         monkeypatch.setattr("losia_pro.kernels.subnet_grad.gather_columns", None)
