@@ -49,8 +49,12 @@ def whole(t: Tensor) -> Tensor:
     if not is_sharded(t):
         return t.detach()
     mesh: Any = t.device_mesh  # type: ignore[attr-defined]
-    on_device = t.detach().to(mesh.device_type)  # from the CPU, if it is offloaded
-    return on_device.full_tensor()  # type: ignore[attr-defined, no-any-return]
+    mine = local(t.detach()).to(mesh.device_type)  # from the CPU, if it is offloaded
+    n, _, group = _shards(t)
+    missing = -(-len(t) // n) - len(mine)  # of as many rows as rank 0 holds
+    if missing:
+        mine = torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])])
+    return _side_by_side(mine, n, group)[: len(t)]
 
 
 def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -60,8 +64,8 @@ def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     for k, t in enumerate(tensors):
         if is_sharded(t):
             alike.setdefault((t.device_mesh, t.placements, t.dtype), []).append(k)  # type: ignore[attr-defined]
-    for (mesh, placements, dtype), chosen in alike.items():
-        n = _shards(tensors[chosen[0]])[0]
+    for (mesh, _, dtype), chosen in alike.items():
+        n, _, group = _shards(tensors[chosen[0]])
         counts = [-(-len(tensors[k]) // n) for k in chosen]  # rows of each on rank 0, the most
         widths = [tensors[k].shape[1] for k in chosen]
         sizes = [c * w for c, w in zip(counts, widths, strict=True)]
@@ -69,7 +73,7 @@ def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
         for k, part in zip(chosen, mine.split(sizes), strict=True):
             held = local(tensors[k].detach())
             part[: held.numel()].copy_(held.flatten())
-        parts = _side_by_side(mine, mesh, placements).view(n, -1).split(sizes, 1)
+        parts = _side_by_side(mine, n, group).view(n, -1).split(sizes, 1)
         for k, part, count, width in zip(chosen, parts, counts, widths, strict=True):
             answer[k] = part.reshape(n * count, width)[: len(tensors[k])]
     return answer
@@ -257,11 +261,18 @@ def _check_placements(model: nn.Module, name: str, t: Any, n_ranks: int) -> None
         )
 
 
-def _side_by_side(mine: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """What each process has, as equally much, one after the other."""
-    from torch.distributed.tensor import DTensor
+def _side_by_side(mine: Tensor, n: int, group: Any) -> Tensor:
+    """What each process has, as equally much, one after the other.
 
-    return DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
+    ``DTensor.full_tensor()`` would do that by a functional collective. Gloo's two threads keep the name of the last
+    one that ended in one string, unguarded, and "ALLGATHER_COALESCED" is the one name that is not stored in place:
+    beside another collective, such as FSDP2's of the next layer, it is freed twice (PyTorch 2.13).
+    """
+    if group is None:
+        return mine
+    together = mine.new_empty(n * len(mine), *mine.shape[1:])
+    dist.all_gather_into_tensor(together, mine.contiguous(), group=group)
+    return together
 
 
 def _shards(t: Any) -> tuple[int, int, Any]:

@@ -195,6 +195,7 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.namespace != "_c10d_functional", "gloo may crash beside FSDP2's own collectives"
         if op.namespace == "c10d":
             name = op.__name__.split(".")[0]
             given = args[1] if name == "_reduce_scatter_base_" else args[0]
