@@ -106,12 +106,6 @@ def test_without_a_checkout_the_example_says_what_would_do(tmp_path, capsys, mon
     assert "run inside a checkout, or give --model and --data" in refused(capsys)
 
 
-def test_several_processes_are_refused(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused(capsys, *base, "--output", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_data_is_read_before_the_model(base, tmp_path, capsys, monkeypatch):
     path = write_lines(tmp_path / "d.jsonl", ['{"text": "a"}', "oops"])
     monkeypatch.setattr(jobs, "make_job", lambda *_: pytest.fail("the model was touched"))

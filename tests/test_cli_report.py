@@ -10,6 +10,7 @@ from rich.console import Console
 
 from losia_pro.cli import report
 from losia_pro.cli.encode import Encoded
+from losia_pro.cli.processes import Processes
 from losia_pro.cli.progress import training_progress
 
 STEP = (4, 1.2345, 1e-3, 5600.0, 812e6)  # step, loss, lr, tokens/s, memory
@@ -54,6 +55,7 @@ def job(**changes):
     fields = dict(
         options=SimpleNamespace(**options, max_length=64), data=data, kind="pairs", steps=9, parameters=1234,
         precision="bf16", device=SimpleNamespace(type="cuda"), tokenizer=SimpleNamespace(eos_token_id=0),
+        together=Processes(),
     )  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from . import options as settings
 from . import recipes
 from .errors import CliError
 from .flags import add_arguments
+from .processes import command, join, leave
 from .rundir import RunFolder
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .job import Job
     from .methods import Tuned
+    from .processes import Processes
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,20 +33,21 @@ def run(args: argparse.Namespace) -> int:
         CliError: for whatever the user can do something about.
     """
     given = {k: v for k, v in vars(args).items() if k not in ("command", "run")}
-    _check_alone()
     resume = given.pop("resume", None)
-    if resume:
-        folder = _reopen(given, resume)
+    folder = _reopen(given, resume) if resume else None
+    if folder is not None:
         options = argparse.Namespace(**folder.record["arguments"])
     else:
         options = settings.resolve(recipes.expand(given))
-        name = f"{Path(options.recipe or options.data).stem}-{options.method}"
-        folder = RunFolder.choose(options.output, name, options.overwrite)
     _check_packages([options.method, *options.compare])
     from rich.console import Console
 
     from . import data
+    from .job import choose_device
 
+    device = choose_device(options.device)
+    together = join(device)
+    folder = _folder(options, folder, together)
     console = Console()
     if "model" not in given and not resume:
         console.print(f"No --model, no --data: the example. {settings.JOB_SAYS}", highlight=False)
@@ -57,12 +59,14 @@ def run(args: argparse.Namespace) -> int:
     from .memory import REMEDIES, is_out_of_memory
 
     try:
-        job = make_job(options, loaded, console)
+        job = make_job(options, loaded, console, device, together)
         _begin(folder, job)
         for method in (options.method, *options.compare):
             if method not in folder.record["results"] and not _tune(method, job, folder):
                 return _stopped(console, folder)
-        _finish(folder, job)
+        if together.first:
+            _finish(folder, job)
+        leave()
     except KeyboardInterrupt:
         return _stopped(console, folder)
     except (RuntimeError, MemoryError) as error:
@@ -70,15 +74,6 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise CliError(f"out of memory: {REMEDIES}") from error
     return 0
-
-
-def _check_alone() -> None:
-    """Several processes would write one folder, and train on the same batches."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise CliError(
-            "finetune is one process on one device; for several, use Trainer with "
-            "losia_pro.integrations.transformers.LosiaCallback in a script of your own"
-        )
 
 
 def _check_packages(methods: list[str]) -> None:
@@ -108,6 +103,25 @@ def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
     return folder
 
 
+def _folder(
+    options: argparse.Namespace, reopened: RunFolder | None, together: Processes
+) -> RunFolder:
+    """The run's folder: that of the first process, for all of them."""
+    folder = reopened
+    if folder is None and together.first:
+        name = f"{Path(options.recipe or options.data).stem}-{options.method}"
+        folder = RunFolder.choose(options.output, name, options.overwrite)
+    folder = together.all(folder)[0]
+    assert folder is not None
+    before = folder.record.get("processes", together.size)
+    if before != together.size:
+        raise CliError(
+            f"--resume {folder.path}: the run's batches were planned for {before} processes, and there are "
+            f"{together.size}; continue it with {_resume(folder.path, before)}"
+        )
+    return folder
+
+
 def _be_quiet() -> None:
     """No bars of other libraries beside ours, nor what they say of building a cache. Their warnings stay."""
     import logging
@@ -130,13 +144,15 @@ def _begin(folder: RunFolder, job: Job) -> None:
         if folder.record["data_digest"] != digest:
             raise CliError(f"{o.data}: the data has changed since the run in {folder.path} began")
         return
-    folder.make()
+    if job.together.first:
+        folder.make()
     model = job.load_model(o.method if job.training_dtype(o.method) == job.dtype else "lora")
     base = job.evaluate(model)
     folder.record.update(
         status="running",
         arguments=vars(o),
         **report.environment(job.device),
+        processes=job.together.size,
         precision=job.precision,
         steps=job.steps,
         examples={
@@ -146,7 +162,8 @@ def _begin(folder: RunFolder, job: Job) -> None:
         base=base._asdict(),
         results={},
     )  # fmt: skip
-    folder.save()
+    if job.together.first:
+        folder.save()
 
 
 def _tune(method: str, job: Job, folder: RunFolder) -> bool:
@@ -169,8 +186,8 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
         outcome = train(method, tuned, job, folder.checkpoints(method), checkpoint, interrupt)
     if outcome.stopped:
         return False
-    main = method == o.method
-    if main and tuned.own:
+    keep = method == o.method and job.together.first
+    if keep and tuned.own:
         with folder.writing(tuned.own) as path:
             tuned.save(path)
     if tuned.losia is not None and "reselections" not in folder.record:
@@ -182,7 +199,7 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
     score = job.evaluate(model)
     if not job.console.is_terminal:  # where it is one, the bar is there and the table is next
         print_line(job.console, method, job.steps, job.steps, f"held-out {score.loss:.3f}")
-    if main:
+    if keep:
         with folder.writing("merged") as path:
             model.save_pretrained(path)
             job.tokenizer.save_pretrained(path)
@@ -195,8 +212,9 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
         "train": outcome.train,
         "held_out": [*outcome.held_out, {"step": job.steps, "loss": score.loss}],
     }
-    folder.save()
-    folder.drop_checkpoints(method)
+    if job.together.first:
+        folder.save()
+        folder.drop_checkpoints(method)
     return True
 
 
@@ -244,8 +262,8 @@ def _finish(folder: RunFolder, job: Job) -> None:
     _say(job.console, ["", *report.files(folder.path)])
     if job.options.tasks:
         tasks = ["--tasks", ",".join(job.options.tasks)]
-        command = ["losia-pro", "evaluate", str(folder.path / "merged"), *tasks]
-        _say(job.console, ["", "the recipe's tasks:", f"  {shlex.join(command)}"])
+        words = ["losia-pro", "evaluate", str(folder.path / "merged"), *tasks]
+        _say(job.console, ["", "the recipe's tasks:", f"  {shlex.join(words)}"])
 
 
 def _say(console: Console, lines: list[str]) -> None:
@@ -254,11 +272,16 @@ def _say(console: Console, lines: list[str]) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def _resume(folder: Path, processes: int) -> str:
+    """The command that continues a run."""
+    return shlex.join([*command(processes), "finetune", "--resume", str(folder)])
+
+
 def _stopped(console: Console, folder: RunFolder) -> int:
     """After Ctrl-C."""
     if folder.record:
-        command = shlex.join(["losia-pro", "finetune", "--resume", str(folder.path)])
-        console.print(f"Stopped. Continue with:\n  {command}", highlight=False, soft_wrap=True)
+        again = _resume(folder.path, folder.record.get("processes", 1))
+        console.print(f"Stopped. Continue with:\n  {again}", highlight=False, soft_wrap=True)
     else:
         console.print("Stopped; nothing was written.")
     return 130

@@ -175,7 +175,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=values.count, metavar="N", help="optimizer steps, instead of --epochs"
     )
     g.add_argument(
-        "--batch-size", type=values.count, metavar="N", help=f"(default: {d['batch_size']})"
+        "--batch-size",
+        type=values.count,
+        metavar="N",
+        help=f"of each process, if torchrun starts several (default: {d['batch_size']})",
     )
     g.add_argument(
         "--accumulation",

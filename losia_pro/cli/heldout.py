@@ -13,6 +13,15 @@ from .batches import Collate
 from .encode import IGNORE, Sample
 
 
+class Sums(NamedTuple):
+    """``loss``: nats, over ``tokens``; ``right``: examples, of ``whole``."""
+
+    loss: float
+    tokens: int
+    right: int
+    whole: int
+
+
 class Score(NamedTuple):
     """Held-out figures.
 
@@ -26,7 +35,6 @@ class Score(NamedTuple):
     exact: float | None
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     samples: Sequence[Sample],
@@ -35,6 +43,24 @@ def evaluate(
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Score:
     """Score a causal language model; its training mode is left as it was."""
+    return score([sums(model, samples, collate, batch_size, autocast)])
+
+
+def score(parts: Sequence[Sums]) -> Score:
+    """Of all parts of the held-out samples together."""
+    loss, tokens, right, whole = (sum(column) for column in zip(*parts, strict=True))
+    return Score(loss / tokens, right / whole if whole else None)
+
+
+@torch.no_grad()
+def sums(
+    model: Any,
+    samples: Sequence[Sample],
+    collate: Collate,
+    batch_size: int,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Sums:
+    """What ``evaluate`` adds up."""
     device = next(model.parameters()).device
     training, seen = model.training, collate.tokens
     model.eval()
@@ -60,4 +86,4 @@ def evaluate(
     finally:
         model.train(training)
         collate.tokens = seen
-    return Score(float(total) / tokens, int(right) / whole if whole else None)
+    return Sums(float(total), tokens, int(right), whole)

@@ -18,9 +18,10 @@ from .batches import Collate, plan
 from .data import Data
 from .encode import Encoded, encode
 from .errors import CliError
-from .heldout import Score, evaluate
+from .heldout import Score, score, sums
 from .memory import check_fits
 from .methods import losia_config
+from .processes import Processes, local_rank, local_size
 
 MAX_LENGTH = 1024  # unless the flag says otherwise
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,8 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Job:
-    """``kind``: of the data; ``batches``: indices into ``data.train`` of every batch of the run; ``steps``:
-    optimizer steps; ``parameters``: of the model."""
+    """``kind``: of the data; ``batches``: indices into ``data.train`` of every batch that this process trains on;
+    ``steps``: optimizer steps; ``parameters``: of the model."""
 
     options: argparse.Namespace
     console: Console
@@ -42,6 +43,7 @@ class Job:
     steps: int
     collate: Collate
     parameters: int
+    together: Processes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,9 +55,12 @@ class Job:
         return torch.float32 if method == "full" else self.dtype
 
     def evaluate(self, model: Any) -> Score:
-        """The held-out score of a model; exact match only where there is a response to match."""
-        score = evaluate(model, self.data.held_out, self.collate, self.options.batch_size)
-        return score if self.kind == "pairs" else score._replace(exact=None)
+        """The held-out score of a model, of which each process takes its part; exact match only where there is a
+        response to match."""
+        part = self.data.held_out[self.together.rank :: self.together.size]
+        mine = sums(model, part, self.collate, self.options.batch_size)
+        found = score(self.together.all(mine))
+        return found if self.kind == "pairs" else found._replace(exact=None)
 
     def load_model(self, method: str) -> Any:
         """The base model, in the dtype that ``method`` trains in, on the device."""
@@ -69,17 +74,22 @@ class Job:
         return model.to(self.device)
 
 
-def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
+def make_job(
+    options: argparse.Namespace,
+    data: Data,
+    console: Console,
+    device: torch.device,
+    together: Processes,
+) -> Job:
     """Tokenize the data and plan the batches; the model is not loaded yet.
 
     Raises:
-        CliError: a model or tokenizer that cannot be read, a device or precision that is not there, a
-            model that does not fit into memory.
+        CliError: a model or tokenizer that cannot be read, a precision that is not there, a model that does not
+            fit into memory.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    device, precision = choose_device(options.device), options.precision
-    precision = choose_precision(precision, device)
+    precision = choose_precision(options.precision, device)
     check_model(options.model)
     try:
         with hub.quiet():
@@ -103,18 +113,20 @@ def make_job(options: argparse.Namespace, data: Data, console: Console) -> Job:
         encoded = Encoded(encoded.train, kept, encoded.cut, encoded.dropped)
     collate = Collate(_pad_id(tokenizer))
     n = sum(p.numel() for p in empty.parameters())
-    job = Job(options, console, device, precision, tokenizer, data.kind, encoded, [], 0, collate, n)
+    job = Job(
+        options, console, device, precision, tokenizer, data.kind, encoded, [], 0, collate, n, together
+    )  # fmt: skip
     for method in (options.method, *options.compare):
-        check_fits(n, job.training_dtype(method), method, device)
+        check_fits(n, job.training_dtype(method), method, device, local_size())
     an_epoch = math.ceil(len(encoded.train) / options.batch_size)
     n_batches = (
         options.steps * options.accumulation
         if options.steps
-        else math.ceil(an_epoch * options.epochs)
+        else math.ceil(an_epoch * options.epochs / together.size)
     )
-    job.batches = plan(
-        [len(s.ids) for s in encoded.train], options.batch_size, n_batches, options.seed
-    )
+    lengths = [len(s.ids) for s in encoded.train]
+    batches = plan(lengths, options.batch_size, n_batches * together.size, options.seed)
+    job.batches = batches[together.rank :: together.size]
     job.steps = math.ceil(n_batches / options.accumulation)
     return job
 
@@ -155,11 +167,11 @@ def check_targets(model: Any, options: argparse.Namespace) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: the first CUDA GPU if there is one, else the CPU."""
+    """``auto``: this process's CUDA GPU if there is one, the first where it is alone; else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise CliError("--device cuda: no CUDA GPU is visible to PyTorch; use --device cpu")
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
 def choose_precision(name: str, device: torch.device) -> str:

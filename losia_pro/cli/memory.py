@@ -57,9 +57,12 @@ def needed_bytes(parameters: int, weights: torch.dtype, method: str) -> int:
     return parameters * weights.itemsize
 
 
-def check_fits(parameters: int, weights: torch.dtype, method: str, device: torch.device) -> None:
-    """Raise a CliError if the model cannot fit, before it is loaded."""
+def check_fits(
+    parameters: int, weights: torch.dtype, method: str, device: torch.device, processes: int = 1
+) -> None:
+    """Raise a CliError if the model cannot fit, before it is loaded: on a CPU, that of each process."""
     need, free = needed_bytes(parameters, weights, method), free_bytes(device)
+    need *= processes if device.type == "cpu" else 1
     if free is None or need <= free:
         return
     smaller = "" if weights.itemsize == 2 else " --precision bf16 halves the weights;"

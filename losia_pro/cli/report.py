@@ -37,10 +37,12 @@ def opening(job: Job) -> list[str]:
     o, d = job.options, job.data
     kind = "blocks" if job.kind == "document" else "examples"
     methods = ", then ".join([o.method, *o.compare])
+    n = job.together.size
+    processes = f", {n} processes" if n > 1 else ""
     lines = [
-        f"model  {_short(o.model)}: {job.parameters:,} parameters, {job.precision} on {job.device.type}",
+        f"model  {_short(o.model)}: {job.parameters:,} parameters, {job.precision} on {job.device.type}{processes}",
         f"data   {_short(o.data)}: {len(d.train):,} {kind} to train, {len(d.held_out):,} held out",
-        f"run    {methods}: {job.steps:,} steps of {o.batch_size * o.accumulation:,} {kind}",
+        f"run    {methods}: {job.steps:,} steps of {o.batch_size * o.accumulation * n:,} {kind}",
     ]
     if d.cut:
         lines.append(f"{d.cut:,} examples are longer than --max-length {o.max_length} and were cut")
@@ -98,7 +100,9 @@ def notes(record: dict[str, Any]) -> list[str]:
     if base["exact"] is not None:
         words.append("Exact match: greedy decoding gives the whole response.")
     words.append("Seconds: training alone.")
-    if record["device"]["type"] == "cpu":
+    if record.get("processes", 1) > 1:
+        words.append("Peak memory: of the process that took most.")
+    elif record["device"]["type"] == "cpu":
         words.append("Peak memory: of the whole process, libraries included.")
     lines = [" ".join(words)]
     gain = base["loss"] - results["full"]["loss"] if "full" in results else 0

@@ -73,7 +73,7 @@ class PlannedTrainer(Trainer):
         super().log(logs, start_time)
         if "loss" in logs:
             elapsed = time.perf_counter() - self.begun
-            rate = (self.job.collate.tokens - self.tokens) / elapsed
+            rate = sum(self.job.together.all(self.job.collate.tokens - self.tokens)) / elapsed
             step, memory = self.state.global_step, self.peak.read()
             self.progress.step(step, logs["loss"], logs["learning_rate"], rate, memory)
 
@@ -91,6 +91,13 @@ class _Control(TrainerCallback):
         t.begun, t.tokens = time.perf_counter(), t.job.collate.tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        together = self.trainer.job.together
+        if (
+            together.size > 1
+        ):  # all stop after one step: they ask where they wait for each other anyway
+            if not control.should_log:
+                return
+            self.interrupt.requested = any(together.all(self.interrupt.requested))
         if self.interrupt.requested:
             control.should_log = control.should_save = control.should_training_stop = True
 
@@ -136,7 +143,7 @@ def train(
         ],
         held_out=[{"step": g["step"], "loss": g["eval_loss"]} for g in logs if "eval_loss" in g],
         seconds=max(log.get("seconds", 0.0) for log in logs),
-        peak=peak.read(),
+        peak=max(job.together.all(peak.read())),
         stopped=interrupt.requested,
     )
 
@@ -168,6 +175,7 @@ def _arguments(method: str, job: Job, folder: Path) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer copies the model to every GPU
     return arguments
