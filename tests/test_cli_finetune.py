@@ -194,6 +194,13 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_last_step_before_a_stop_is_evaluated_once(base, tmp_path, monkeypatch, capsys):
+    InterruptAt(monkeypatch, 2)
+    assert finetune(*base, *FLAGS, "--eval-steps", 1, "--output", tmp_path / "run") == 130
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/12" in line]
+    assert [line.split()[1] for line in lines] == ["1/12", "2/12"]
+
+
 def test_a_second_ctrl_c_stops_at_once_without_saving(base, tmp_path, monkeypatch, capsys):
     InterruptAt(monkeypatch, 2, times=2)
     assert finetune(*base, *FLAGS, "--output", tmp_path / "run") == 130

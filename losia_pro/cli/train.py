@@ -66,6 +66,7 @@ class PlannedTrainer(Trainer):
         self.begun += time.perf_counter() - begun
         self.state.log_history.append({"eval_loss": loss, "step": self.state.global_step})
         self.progress.evaluated(self.state.global_step, loss)
+        self.control.should_evaluate = False  # a stop ends the epoch, where Trainer asks again
         return {"eval_loss": loss}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
