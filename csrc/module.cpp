@@ -13,7 +13,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// This module has its own (static) CUDA runtime, so the device is named in every call.
+// This module has its own (static) CUDA runtime, so the device is named in every call. It becomes the current one of the
+// thread, for every runtime in it: losia_pro/_cuda_ops.py puts back what was.
 void use(int device) {
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess)

@@ -69,7 +69,9 @@ def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
         step = _step(group, element) if stride_c == element else 1
         if (stride_t | n_in * element | x.data_ptr()) % (step * element):
             step = 1
-        _cuda.gather_columns(
+        _launch(
+            _cuda.gather_columns,
+            x.device,
             x.data_ptr(),
             in_idx.data_ptr(),
             out.data_ptr(),
@@ -79,7 +81,6 @@ def gather_columns(x: Tensor, in_idx: Tensor, group: int = 1) -> Tensor:
             stride_c,
             step * element,
             step,
-            *_where(x.device),
         )
     return out
 
@@ -146,7 +147,8 @@ def _fused(
     addresses = (0 if t is None else t.data_ptr() for t in (dy, x_sub, out_idx, parts, out))
     strides = 2 * dy.stride(0), 2 * x_sub.stride(0)
     dtypes = DTYPES[dy.dtype], DTYPES[out_dtype]
-    _cuda.subnet_grad(*addresses, tokens, n_out, n_in, split, *strides, *dtypes, *_where(dy.device))
+    sizes = tokens, n_out, n_in, split
+    _launch(_cuda.subnet_grad, dy.device, *addresses, *sizes, *strides, *dtypes)
     return out
 
 
@@ -189,7 +191,9 @@ def importance_update_(
     for first in range(0, rows, at_once):
         part = slice(first, first + at_once)
         product = torch_ops.product(dy[:, part], x, torch.float32)
-        _cuda.importance_update(
+        _launch(
+            _cuda.importance_update,
+            weight.device,
             importance[part].data_ptr(),
             uncertainty[part].data_ptr(),
             weight[part].data_ptr(),
@@ -205,7 +209,6 @@ def importance_update_(
             reference.VARIANTS.index(variant),
             DTYPES[weight.dtype],
             DTYPES[kept],
-            *_where(weight.device),
         )
         del product  # so that the next one takes its place, in memory and in L2
 
@@ -229,7 +232,9 @@ def write_back_(
         RuntimeError: subnets that are neither fp32 nor bf16 or fp64 as their weights are.
     """
     for table in tables(weights, subnets, out_idx, in_idx, int(_cuda.PART), check):
-        _cuda.write_back(
+        _launch(
+            _cuda.write_back,
+            table.layers.device,
             table.layers.data_ptr(),
             table.parts.data_ptr(),
             table.parts.shape[0],
@@ -237,7 +242,6 @@ def write_back_(
             DTYPES[table.weight.dtype],
             DTYPES[table.subnet.dtype],
             key or 0,
-            *_where(table.layers.device),
         )
 
 
@@ -269,7 +273,9 @@ def adamw_(
         (beta1, beta2),
         int(_cuda.ADAMW_PART),
     )
-    _cuda.adamw(
+    _launch(
+        _cuda.adamw,
+        params[0].device,
         *(t.data_ptr() for t in tables),
         tables[-1].shape[0],
         1 - lr * weight_decay,
@@ -278,7 +284,6 @@ def adamw_(
         1 - beta2,
         eps,
         -1.0 if maximize else 1.0,
-        *_where(params[0].device),
     )
 
 
@@ -292,19 +297,24 @@ def lerp_(
         TypeError: dtypes that it does not take, or several.
     """
     made = lerp_tables(tensors, others, weight, key, int(_cuda.LERP_PART))
-    _cuda.lerp(
+    _launch(
+        _cuda.lerp,
+        tensors[0].device,
         *(t.data_ptr() for t in made),
         made[-1].shape[0],
         DTYPES[tensors[0].dtype],
         DTYPES[others[0].dtype],
-        *_where(tensors[0].device),
     )
 
 
-def _where(device: torch.device) -> tuple[int, int]:
-    """The device's number and its current stream."""
+def _launch(kernel: Callable[..., None], device: torch.device, *arguments: object) -> None:
+    """A kernel on a device and its current stream. The module makes that device the thread's current one, PyTorch's
+    too, so where it was another it is put back."""
     index = device.index
     assert index is not None
-    return index, torch._C._cuda_getCurrentRawStream(
-        index
-    )  # a tenth of torch.cuda.current_stream's time
+    stream = torch._C._cuda_getCurrentRawStream(index)  # a tenth of current_stream's time
+    if torch._C._cuda_getDevice() == index:
+        kernel(*arguments, index, stream)
+    else:
+        with torch.cuda.device(index):
+            kernel(*arguments, index, stream)

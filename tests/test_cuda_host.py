@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import nullcontext
 
 import lerps
 import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
-from cuda_on_cpu import cuda_ops_on_cpu
+from cuda_on_cpu import Kernels, cuda_ops_on_cpu, load
 
 from losia_pro import reference, torch_ops
 
@@ -43,6 +45,40 @@ def test_a_device_it_was_not_built_for_is_named(cuda_ops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
     assert cuda_ops.why_not(torch.device("cuda:0")) == ""
     assert "not on cpu" in cuda_ops.why_not(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_launch_leaves_the_current_device_as_it_was(monkeypatch, before, broken):
+    """The module's own runtime makes the kernel's device the thread's current one, in PyTorch's eyes too."""
+    module, current, launched = Kernels(), [before], []
+    wrapper = load(monkeypatch, module)
+    sys.modules.pop("losia_pro._cuda_ops")
+
+    def kernel(*arguments):
+        current[0] = arguments[-2]
+        launched.append(arguments)
+        if broken:
+            raise RuntimeError("invalid configuration argument")
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.index, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.index
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False
+    )
+    with pytest.raises(RuntimeError, match="argument") if broken else nullcontext():
+        wrapper._launch(kernel, torch.device("cuda:1"), 5, 6)
+    assert launched == [(5, 6, 1, 71)] and current == [before]
 
 
 VIEWS = {

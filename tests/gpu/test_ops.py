@@ -10,6 +10,7 @@ from ops_tools import (
     DTYPES,
     as_exact_as_pytorch,
     choose,
+    choose_runs,
     gather,
     grad,
     randn,
@@ -107,14 +108,17 @@ def test_the_same_bits_every_run(impl, dtype):
     assert all(torch.equal(grad(dy, x_sub, idx, impl), first) for _ in range(5))
 
 
-def test_offsets_beyond_two_to_the_31(impl):
+@pytest.mark.parametrize("group", [1, 16])
+def test_offsets_beyond_two_to_the_31(impl, group):
     usable("subnet_grad", impl)
     tokens, out = 2**19 + 8, 4096
-    idx = torch.cat([choose(out - 1, 15), torch.tensor([out - 1], device=DEVICE)])
+    idx = torch.cat(
+        [choose_runs(out // group - 1, 15, group), torch.arange(out - group, out, device=DEVICE)]
+    )
     dy = torch.randn(tokens, out, device=DEVICE, dtype=torch.bfloat16)
-    assert torch.equal(gather(dy, idx, impl), dy.index_select(1, idx))
+    assert torch.equal(gather(dy, idx, impl, group), dy.index_select(1, idx))
     x_sub = randn(tokens, 16, dtype=torch.bfloat16)
-    as_exact_as_pytorch(grad(dy, x_sub, idx, impl), dy, x_sub, idx)
+    as_exact_as_pytorch(grad(dy, x_sub, idx, impl, group=group), dy, x_sub, idx)
 
 
 def test_an_output_beyond_two_to_the_31(impl):
@@ -167,6 +171,24 @@ def test_two_streams_do_not_wait_for_each_other_or_mix(impl):
         torch.cuda.synchronize()
         for one, other in zip(alone, together, strict=True):
             assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_operands_of_another_device_do_not_make_it_the_current_one(impl):
+    usable("subnet_grad", impl)
+    other, current = (
+        torch.device("cuda", torch.cuda.device_count() - 1),
+        torch.cuda.current_device(),
+    )
+    dy, x_sub = (randn(4096, n, dtype=torch.bfloat16).to(other) for n in (1024, 64))
+    idx = choose_runs(64, 32, 16).to(other)
+    for group in (1, 16):
+        assert torch.equal(gather(dy, idx, impl, group), dy[:, idx])
+        as_exact_as_pytorch(grad(dy, x_sub, idx, impl, group=group), dy, x_sub, idx)
+        assert torch.cuda.current_device() == current != other.index
+    weight, subnet = torch.zeros(1024, 1024, device=other), torch.randn(512, 512, device=other)
+    torch.ops.losia_pro.write_back_([weight], [subnet], [idx], [idx], impl=impl)
+    assert torch.equal(weight[idx][:, idx], subnet) and torch.cuda.current_device() == current
 
 
 def test_opcheck(impl):
