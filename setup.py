@@ -2,12 +2,13 @@
 
 ``LOSIA_BUILD_CUDA``: ``0`` leaves the CUDA module out; ``1`` fails where it cannot be built; ``auto`` (the
 default) builds it where there is a CUDA compiler and else says in one line why not. No GPU is needed.
-``LOSIA_CUDA_ARCHS`` overrides the architectures (CMake's notation: ``90-real;120``).
+``LOSIA_CUDA_ARCHS`` overrides the architectures (in CMake's notation, by number: ``90-real;120``).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ ROOT = Path(__file__).parent.resolve()
 WANTED = os.environ.get("LOSIA_BUILD_CUDA", "auto")
 if WANTED not in ("auto", "0", "1"):
     raise SystemExit(f"LOSIA_BUILD_CUDA must be auto, 0 or 1, got {WANTED!r}")
+ARCHS = os.environ.get("LOSIA_CUDA_ARCHS", "")  # losia_pro/_cuda_ops.py reads them again
+if ARCHS and not re.fullmatch(r"\d+(-real|-virtual)?(;\d+(-real|-virtual)?)*", ARCHS):
+    raise SystemExit(f"LOSIA_CUDA_ARCHS must be numbers as in 90-real;120, got {ARCHS!r}")
 
 
 def find_nvcc() -> str | None:
@@ -63,7 +67,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "LOSIA_MODULE": target.name,
-            "LOSIA_CUDA_ARCHS": os.environ.get("LOSIA_CUDA_ARCHS", ""),
+            "LOSIA_CUDA_ARCHS": ARCHS,
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--fresh", *defines])

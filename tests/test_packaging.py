@@ -154,6 +154,17 @@ def test_a_cuda_module_that_was_asked_for_is_not_skipped(checkout, value, messag
         build(checkout, "wheel", LOSIA_BUILD_CUDA=value, CUDACXX=fake_nvcc(checkout.parent))
 
 
+@pytest.mark.parametrize("archs", ["native", "90a", "90-real,120"])
+def test_architectures_that_could_not_be_read_again_are_refused(checkout, archs):
+    """Once built, every question where the module runs would fail."""
+    with pytest.raises(AssertionError, match=f"numbers as in 90-real;120, got '{archs}'"):
+        build(checkout, "wheel", LOSIA_BUILD_CUDA="0", LOSIA_CUDA_ARCHS=archs)
+
+
+def test_architectures_are_chosen_by_number(checkout):
+    build(checkout, "wheel", LOSIA_BUILD_CUDA="0", LOSIA_CUDA_ARCHS="80-real;90-virtual;120")
+
+
 def test_the_version_is_said_once():
     (written,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert written == losia_pro.__version__
