@@ -61,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         job = make_job(options, loaded, console, device, together)
         _begin(folder, job)
-        for method in (options.method, *options.compare):
-            if method not in folder.record["results"] and not _tune(method, job, folder):
-                return _stopped(console, folder)
+        done = all(
+            method in folder.record["results"] or _tune(method, job, folder)
+            for method in (options.method, *options.compare)
+        )
+        leave()
+        if not done:
+            return _stopped(console, folder)
         if together.first:
             _finish(folder, job)
-        leave()
     except KeyboardInterrupt:
         return _stopped(console, folder)
     except (RuntimeError, MemoryError) as error:
