@@ -139,10 +139,19 @@ def refuse(losia: Losia) -> None:
         m.touched.refuse_base()
 
 
+def refuse_detached(losia: Losia) -> None:
+    """Raise a RuntimeError after ``detach``: the subnets are in no model, but would be written into its weights."""
+    if losia._detached:
+        raise RuntimeError(
+            "detached already, so this Losia has no subnets to train, load or take out; attach() the model again"
+        )
+
+
 @torch.no_grad()
 def reset(losia: Losia) -> None:
     """Put the base's values back for good: as if nothing had been trained, the subnets where they are."""
     refuse(losia)
+    refuse_detached(losia)
     sharded.settle(losia.model)
     for m in losia.modules.values():
         m.touched.swap(m.weight, m.bias)

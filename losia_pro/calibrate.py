@@ -26,6 +26,7 @@ def calibrate(
     process_group: ProcessGroup | None,
 ) -> None:
     """See ``Losia.calibrate``."""
+    base.refuse_detached(losia)
     if not batches:
         raise ValueError("calibrate needs at least one batch")
     if losia.step:

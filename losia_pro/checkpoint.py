@@ -106,6 +106,7 @@ def _check(losia: Losia, state: dict[str, Any]) -> None:
 def restore(losia: Losia, state: dict[str, Any]) -> None:
     """See ``Losia.load_state_dict``."""
     base.refuse(losia)
+    base.refuse_detached(losia)
     _check(losia, state)
     sharded.settle(losia.model)
     losia.step = state["step"]

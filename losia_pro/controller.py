@@ -76,7 +76,7 @@ class Losia:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scaler: Any = None
         self._handles: list[Any] = []
-        self._skip = False
+        self._skip = self._detached = False
         self._ranks: Ranks | None = None
         self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
         self._last: dict[str, Tensor] = {}
@@ -123,8 +123,9 @@ class Losia:
             TypeError: not a ``torch.optim.Optimizer``.
             ValueError: LBFGS; subnets missing from the optimizer, or in bf16 and rounded to nearest by it; one without
                 learning rates, with ``base_decay``; ``init="calibrate"`` not done yet.
-            RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step.
+            RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step. A detached one.
         """
+        base.refuse_detached(self)
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         optimizer = innermost(optimizer)
         check_optimizer(optimizer, self._subnets(), self.config.base_decay)
@@ -214,8 +215,11 @@ class Losia:
         self._set_profiled()
 
     def write_back(self) -> None:
-        """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it."""
+        """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it. After ``detach`` the
+        weights are the plain model's, and left alone."""
         base.refuse(self)
+        if self._detached:
+            return
         sharded.settle(self.model)
         in_parts = any(sharded.is_sharded(m.subnet) for m in self.modules.values())
         launches = self.groups if in_parts else [list(self.modules)]  # what is in parts is gathered
@@ -299,7 +303,9 @@ class Losia:
 
         Raises:
             TypeError: a model that FSDP2 shards: its modules stay what they were at ``fully_shard``.
+            RuntimeError: detached already.
         """
+        base.refuse_detached(self)
         sharded.refuse_detach(self.modules.values())
         self.write_back()
         self._unbind()
@@ -307,6 +313,7 @@ class Losia:
             m.profile = None
         allow_broadcast(self.model, self.modules.values())
         restore(self.model, self._swaps)
+        self._detached = True
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
             parameter.grad = None

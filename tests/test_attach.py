@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -232,3 +233,30 @@ def test_an_ordinary_loop_trains_the_detached_model_in_full():
     list(toys.train(model, torch.optim.SGD(model.parameters(), lr=0.1), toys.batches(1)))
     for n, p in model.named_parameters():
         assert not torch.equal(p, state[n]), n
+
+
+@pytest.mark.parametrize("then", ["trained in full", "attached again"])
+def test_a_detached_losia_never_writes_into_the_model_again(then, tmp_path):
+    losia, optimizer = bound()
+    list(toys.train(losia.model, optimizer, toys.batches(3)))
+    model, state = losia.detach(), losia.state_dict()
+    if then == "attached again":
+        _, other = bound(model)
+    else:
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+    list(toys.train(model, other, toys.batches(3)))
+    now = copy.deepcopy(model.state_dict())
+    losia.write_back()
+    with contextlib.suppress(RuntimeError):  # where places changed that a delta leaves out
+        losia.save_delta(tmp_path / "delta.safetensors")
+    toys.equal_bits(model.state_dict(), now)
+    calls = [
+        losia.detach,
+        lambda: losia.bind(optimizer),
+        lambda: losia.load_state_dict(state),
+        lambda: losia.calibrate(toys.batches(1), toys.loss_of),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"detached already.*attach\(\) the model again"):
+            call()
+    toys.equal_bits(model.state_dict(), now)
