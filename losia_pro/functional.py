@@ -230,12 +230,29 @@ class _SubnetLinear(torch.autograd.Function):
             d_bias = flat.sum(0, dtype=bias_dtype)
         if wants_full:
             d_full = torch_ops.product(flat, x_whole, full_dtype)
-        if ctx.profile is not None:
+        if ctx.profile is not None and _asks_for_subnet(ctx):
             ctx.profile.add(flat, x_whole)
         grads = dx, d_weight, d_subnet, d_bias, d_full
         if torch.is_grad_enabled() and ctx.trained is not None:
             grads = _Once.apply(*ctx.trained, dy, *grads)
         return *grads, *[None] * 8
+
+
+def _asks_for_subnet(ctx: Any) -> bool:
+    """Whether a backward gives the subnet its gradient; ``torch.autograd.grad`` may ask for others' alone.
+
+    Raises:
+        RuntimeError: within ``torch.func``, whose gradients are no step's before the loop takes them for one.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a profiled layer takes the gradients of backward(), not those of torch.func: train with period=None there"
+        )
+    node = ctx.next_functions[2][0]
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it cannot tell of a leaf that torch.autograd.grad itself is asked for
+        return True
 
 
 def _subnet_grad(
