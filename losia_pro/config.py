@@ -54,7 +54,7 @@ class LosiaConfig:
         strategy: which greedy answer of the localization is taken; see ``losia_pro.localize``.
         importance: "taylor" ``|g w - (g w)^2 / 2|``, "first" ``|g w|`` or "second" ``(g w)^2``.
         score: "iu" importance times uncertainty (the paper), "i" or "u" either alone.
-        beta1, beta2: smoothing of importance and of uncertainty, in [0, 1).
+        beta1, beta2: smoothing of importance and of uncertainty, in [0, 1); without the first, uncertainty is 0.
         rewarm: rewarm the learning rate of a moved group.
         base_decay: weight decay towards the base model instead of towards zero: after each step at learning rate
             ``lr``, ``subnet -= lr * base_decay * (subnet - base)``. For any optimizer, beside its own decay, which
@@ -71,7 +71,8 @@ class LosiaConfig:
         seed: of the random first subnets; the same on every rank and device.
 
     Raises:
-        ValueError: for a value out of range, or a schedule without a period, naming it and what would do.
+        ValueError: for a value out of range, a schedule without a period, or scores that would be 0, naming it and what
+            would do.
     """
 
     rank_factor: float | None = None
@@ -114,6 +115,11 @@ class LosiaConfig:
             raise ValueError(
                 "schedule='sync' profiles all groups in every slot, and with period=None there are no slots: give a "
                 "period, or leave schedule at 'async'"
+            )
+        if self.beta1 == 0 and self.score != "i" and (self.period or self.init == "calibrate"):
+            raise ValueError(
+                "beta1=0 makes smoothed importance the step's own, so that uncertainty, and with it every score of "
+                f"score={self.score!r}, is 0 and no subnet would move: give a beta1 above 0, or score='i'"
             )
         patterns = self.target_modules
         if patterns is not None and not isinstance(patterns, str):

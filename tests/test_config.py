@@ -65,8 +65,19 @@ def test_a_synchronous_schedule_needs_a_period():
     assert LosiaConfig(schedule="async", period=None).period is None
 
 
+@pytest.mark.parametrize("score", ["iu", "u"])
+def test_scores_that_would_all_be_zero_are_refused(score):
+    for use in ({"period": 1}, {"init": "calibrate"}):
+        with pytest.raises(
+            ValueError, match=rf"^beta1=0 .*score='{score}'.*above 0, or score='i'$"
+        ):
+            LosiaConfig(beta1=0, score=score, **use)
+        assert LosiaConfig(beta1=0, score="i", **use).beta1 == 0
+    assert LosiaConfig(beta1=0, score=score).beta1 == 0  # nobody asks for a score
+
+
 ACCEPTED = {
-    "ends": {"rank_factor": 1, "output_factor": 1, "beta1": 0, "beta2": 0.0, "period": 1},
+    "ends": {"rank_factor": 1, "output_factor": 1, "beta1": 0, "beta2": 0.0, "period": 1, "score": "i"},
     "other ends": {"rank_factor": 1e-6, "in_factor": 1, "out_factor": 1.0, "seed": 2**64 - 1},
     "nothing profiled": {"period": None},
     "numpy": {"rank_factor": np.float32(0.125), "period": np.int64(7), "neuron_group": np.int8(2)},

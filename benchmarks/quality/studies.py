@@ -90,8 +90,11 @@ STUDIES = {
         ),
     ),
     "beta1": Study(
-        _each("beta1", [0.0, 0.5, 0.85, 0.95]),
-        (Claim("beta1=0.85", "beta1=0.0", "smoothing importance at 0.85 is better than not smoothing it"),),
+        {  # without smoothing uncertainty is 0, and importance alone is left
+            **_each("beta1", [0.0], ["0, score=i"], score="i"),
+            **_each("beta1", [0.5, 0.85, 0.95]),
+        },
+        (Claim("beta1=0.85", "beta1=0, score=i", "smoothing importance at 0.85 is better than not smoothing it"),),
     ),
     "beta2": Study(
         _each("beta2", [0.0, 0.5, 0.85, 0.95]),
