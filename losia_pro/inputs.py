@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +40,12 @@ def find_shared_inputs(
     kept: list[Tensor] = []  # so that no two inputs have the same id
 
     def watch(group: int, name: str) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            readers.setdefault((group, id(args[0])), []).append(name)
+        def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            x = args[0] if args else named["input"]
+            kept.append(x)
+            readers.setdefault((group, id(x)), []).append(name)
 
-        return layers[name].register_forward_pre_hook(hook)
+        return layers[name].register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [
         watch(i, n)
@@ -55,7 +58,7 @@ def find_shared_inputs(
     try:
         # A compiler would trace the hooks, which are another graph for every layer.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if isinstance(example, dict):
+            if isinstance(example, Mapping):
                 model(**{k: _on(v, device) for k, v in example.items()})
             elif isinstance(example, Tensor):
                 model(_on(example, device))

@@ -90,6 +90,23 @@ def test_they_are_found_in_a_language_model_without_an_example():
     toys.assert_same(before, toys.snapshot(losia.detach()))
 
 
+def test_an_example_may_be_what_a_tokenizer_returns():
+    from transformers import BatchEncoding
+
+    example = BatchEncoding({"input_ids": torch.tensor([[1, 2, 3]])})  # a mapping, but no dict
+    losia = losia_pro.attach(tiny_llama(), CONFIG, example=example)
+    assert sum(len(names) > 1 for names in losia.sets) == 4  # q, k, v and gate, up of two layers
+
+
+def test_linears_called_by_keyword_are_watched_too():
+    class Named(Gated):
+        def forward(self, x):
+            return x + self.down(self.gate(input=x) * self.up(input=x))
+
+    losia = losia_pro.attach(nn.Sequential(Named(), Named()), CONFIG, example=EXAMPLE)
+    assert losia.sets[:2] == [["0.gate", "0.up"], ["1.gate", "1.up"]]
+
+
 def test_a_model_without_example_inputs_asks_for_some_and_is_left_alone():
     model = Model()
     before = toys.snapshot(model)
