@@ -91,8 +91,9 @@ class Losia:
         self._anchors = decay.Anchors()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: every subnet, and the biases if ``train_bias``."""
-        return [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        """What an optimizer trains: every subnet, and the biases if ``train_bias``, frozen by the loop or not."""
+        own = ((m, p) for m in self.modules.values() for p in m.parameters())
+        return [p for m, p in own if p is m.subnet or (self.config.train_bias and p is m.bias)]
 
     def _subnets(self) -> dict[str, nn.Parameter]:
         return {n: m.subnet for n, m in self.modules.items()}
@@ -215,8 +216,7 @@ class Losia:
         self._set_profiled()
 
     def write_back(self) -> None:
-        """Write every subnet into its dense weight. Idempotent; a bound optimizer's step does it. After ``detach`` the
-        weights are the plain model's, and left alone."""
+        """Write every subnet into its dense weight, but not after ``detach``. Idempotent; a bound step does it."""
         base.refuse(self)
         if self._detached:
             return

@@ -48,7 +48,8 @@ class Profile:
         self.uncertainty = torch.zeros_like(self.importance)
         self.checksum = torch.zeros((), dtype=torch.int64, device=self.importance.device)
         self._reduced = {"yet": True}  # whether what was added so far is in subnet.grad
-        if sharded.is_sharded(self.subnet):  # FSDP2 may put it there in a later backward only
+        trains = self.subnet.requires_grad  # or the loop has frozen it
+        if trains and sharded.is_sharded(self.subnet):  # FSDP2 may put it there in a later backward
             self._reduced["yet"] = False
             reduced = self._reduced
             hook = self.subnet.register_post_accumulate_grad_hook(
@@ -59,7 +60,8 @@ class Profile:
         self._backward = -1
         self._version = 0  # of subnet.grad, when the last backward began
         self.full = self._leaf()
-        _at_gradients(self, self.full, self.subnet)
+        leaves = (self.full, self.subnet) if trains else (self.full,)
+        _at_gradients(self, *leaves)
 
     def _leaf(self) -> Tensor:
         zero = torch.zeros((), dtype=self._compact(), device=self.importance.device)

@@ -67,6 +67,31 @@ def test_an_optimizer_that_cannot_be_bound_changes_nothing(make, error, message,
         assert losia.step == 2 and len(losia.history) == 2
 
 
+@pytest.mark.parametrize("train_bias", [False, True])
+def test_freezing_and_thawing_change_what_trains_but_not_what_an_optimizer_takes(train_bias):
+    losia = losia_pro.attach(toys.stack(), LosiaConfig(period=2, train_bias=train_bias))
+    taken = [id(p) for p in losia.parameters()]
+    frozen_layer = losia.modules["layers.0.up"]
+    frozen = frozen_layer.subnet
+    losia.model.requires_grad_(True)  # as a loop may do that thaws a model: dense weights too
+    frozen.requires_grad_(False)
+    assert [id(p) for p in losia.parameters()] == taken
+    losia.model.requires_grad_(False)
+    for p in losia.parameters():
+        p.requires_grad_(p is not frozen)
+    optimizer = torch.optim.AdamW(losia.parameters(), lr=0.1)
+    losia.bind(optimizer)
+    before = {n: m.subnet.detach().clone() for n, m in losia.modules.items()}
+    list(toys.train(losia.model, optimizer, toys.batches(1)))
+    changed = {n for n, m in losia.modules.items() if not torch.equal(m.subnet, before[n])}
+    assert changed == losia.modules.keys() - {"layers.0.up"}
+    weight = frozen_layer.weight.clone()
+    list(
+        toys.train(losia.model, optimizer, toys.batches(9))
+    )  # each block is profiled once, and more
+    assert torch.equal(frozen_layer.weight, weight) and len(losia.history) == 10
+
+
 def test_binding_another_optimizer_releases_the_last():
     losia, first = bound()
     second = sgd(losia.parameters())
