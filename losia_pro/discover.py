@@ -245,6 +245,11 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
             raise ValueError(
                 f"{name} is on the meta device; load the model's weights before attach()"
             )
+        if stored.is_inference() or torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name} is of torch.inference_mode(), whose tensors cannot be trained; load the model and call "
+                "attach() outside of it (torch.no_grad() will do)"
+            )
         size = linear.out_features, linear.in_features
         if not isinstance(linear, View) and stored.shape != size:
             raise ValueError(
@@ -260,9 +265,10 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
                 f'subnet_dtype="bfloat16" is for bf16 weights, and {name} has {stored.dtype}: what its entries hold '
                 "would be lost; leave subnet_dtype out, or load the model in bf16"
             )
-        if (id(stored), index) in owners:
+        weight = stored.data_ptr() or id(stored), index  # two parameters may be of one memory
+        if weight in owners:
             raise ValueError(
-                f"{name} and {owners[id(stored), index]} share one weight; two subnets in it would overwrite "
+                f"{name} and {owners[weight]} share one weight; two subnets in it would overwrite "
                 "each other: leave one out with target_modules"
             )
         if config.train_bias and index is not None and linear.bias is not None:
@@ -270,7 +276,7 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
                 f"train_bias=True: the bias of {name} is part of a parameter of many, which is not trained; "
                 "use train_bias=False, or leave it out with target_modules"
             )
-        owners[id(stored), index] = name
+        owners[weight] = name
 
 
 def _refuse_quantized(model: nn.Module) -> None:

@@ -29,6 +29,12 @@ def tied_within_blocks():
     return model
 
 
+def tied_by_memory():
+    model = toys.stack()
+    model.layers[2].up.weight.data = model.layers[0].up.weight.data
+    return model
+
+
 def with_changed(change):
     def make():
         model = toys.stack()
@@ -113,6 +119,8 @@ NO_WEIGHT = {
     ),
     "one on meta": (with_changed(lambda m: m.to("meta")), {}, "layers.1.down is on the meta device"),
     "shared weight": (tied_within_blocks, {}, "layers.2.up and layers.0.up share one weight"),
+    "shared memory": (tied_by_memory, {}, "layers.2.up and layers.0.up share one weight"),
+    "inference": (torch.inference_mode()(toys.stack), {}, r"layers.0.up is of torch.inference_mode\(\)"),
     "fp8": (in_dtype(torch.float8_e4m3fn), {}, "layers.1.up has torch.float8_e4m3fn weights; only those of"),
     "int8": (in_dtype(torch.int8), {}, r"layers.1.up \(Linear\) has quantized weights \(Parameter, torch.int8\)"),
     "weight norm": (with_changed(weight_norm), {}, "layers.1.down computes its weight from other parameters"),
@@ -130,6 +138,14 @@ def test_a_model_that_cannot_be_attached_is_left_as_it_was(make, settings, messa
     with pytest.raises(ValueError, match=message):
         losia_pro.attach(model, LosiaConfig(**settings))
     toys.assert_same(before, toys.snapshot(model))
+
+
+def test_attaching_within_inference_mode_is_refused():
+    model = toys.stack()
+    untouched = toys.snapshot(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of it"):
+        losia_pro.attach(model)
+    toys.assert_same(untouched, toys.snapshot(model))
 
 
 def test_a_refused_layer_can_be_left_out():
