@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,13 +20,21 @@ if TYPE_CHECKING:
 
 def calibrate(
     losia: Losia,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     groups_at_once: int | None,
     process_group: ProcessGroup | None,
 ) -> None:
     """See ``Losia.calibrate``."""
     base.refuse_detached(losia)
+    if groups_at_once is not None and groups_at_once < 1:
+        raise ValueError(
+            f"groups_at_once must be None, for all, or at least 1, got {groups_at_once}"
+        )
+    if not isinstance(
+        batches, Sized
+    ):  # an iterator, which would be at its end after the first groups
+        batches = list(batches)
     if not batches:
         raise ValueError("calibrate needs at least one batch")
     if losia.step:
@@ -56,7 +64,7 @@ def calibrate(
 def _profile_and_move(
     losia: Losia,
     groups: range,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss_of: Callable[[nn.Module, Any], Tensor],
 ) -> None:
     for module in losia.modules.values():

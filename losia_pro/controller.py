@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +245,7 @@ class Losia:
 
     def calibrate(
         self,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         groups_at_once: int | None = None,
         process_group: ProcessGroup | None = None,
@@ -260,7 +260,7 @@ class Losia:
             process_group: as ``bind``'s; each process brings its own part of every batch.
 
         Raises:
-            ValueError: no batches.
+            ValueError: no batches, or no groups at once.
             RuntimeError: training has begun; ranks that differ.
         """
         calibrate(self, batches, loss_fn, groups_at_once, process_group)

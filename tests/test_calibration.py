@@ -40,14 +40,14 @@ def test_calibrated_start_takes_the_importance_of_the_batches():
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_calibrating_some_groups_at_a_time_gives_the_same_start(at_once):
-    def start(**how):
+    def start(given=list, **how):
         losia = losia_pro.attach(
             toys.stack(torch.float64), LosiaConfig(rank_factor=1 / 4, init="calibrate")
         )
-        losia.calibrate(toys.batches(3, dtype=torch.float64), toys.loss_of, **how)
+        losia.calibrate(given(toys.batches(3, dtype=torch.float64)), toys.loss_of, **how)
         return toys.indices(losia)
 
-    assert start(groups_at_once=at_once) == start()
+    assert start(groups_at_once=at_once) == start() == start(iter, groups_at_once=at_once)
 
 
 def test_calibration_comes_before_binding_and_training():
@@ -57,8 +57,14 @@ def test_calibration_comes_before_binding_and_training():
     before = toys.snapshot(model)
     with pytest.raises(ValueError, match="calibrate"):
         losia.bind(optimizer)
-    with pytest.raises(ValueError, match="at least one batch"):
-        losia.calibrate([])
+    for none in ([], iter([])):
+        with pytest.raises(ValueError, match="at least one batch"):
+            losia.calibrate(none)
+    for at_once in (0, -1):
+        with pytest.raises(
+            ValueError, match=f"groups_at_once must be .* at least 1, got {at_once}"
+        ):
+            losia.calibrate(toys.batches(1), toys.loss_of, groups_at_once=at_once)
     assert not optimizer._optimizer_step_post_hooks
     toys.assert_same(before, toys.snapshot(model))
     losia.calibrate(toys.batches(1), toys.loss_of)
