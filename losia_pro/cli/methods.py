@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import losia_pro
-from losia_pro.discover import find_targets
+from losia_pro.discover import find_targets, repeated_blocks
 
 from .errors import CliError
 from .options import SUBNETS
@@ -23,7 +23,8 @@ class Tuned:
     """A model made ready for training by one method.
 
     ``finish()`` gives the plain model with the tuned weights. What the method has of its own (a delta, an
-    adapter) is called ``own``; ``save(path)`` writes it, before ``finish()``.
+    adapter) is called ``own``; ``save(path)`` writes it, before ``finish()``. ``blocks``: the repeated blocks, for
+    ``--compile``.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Tuned:
     save: Callable[[Path], None] = lambda path: None
     callbacks: list[Any] = field(default_factory=list)
     losia: losia_pro.Losia | None = None
+    blocks: list[nn.Module] = field(default_factory=list)
 
 
 def prepare(
@@ -45,15 +47,20 @@ def prepare(
 
     ``calibration``: batches for ``init="calibrate"``; empty where a checkpoint is about to be loaded.
     """
+    # Found in the plain model: they stay the same modules, and linears in them change their kind.
+    blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
     try:
         if method in ("losia-pro", "losia"):
-            return _losia(method, model, options, calibration)
-        if method == "lora":
-            return _lora(model, options)
+            tuned = _losia(method, model, options, calibration)
+        elif method == "lora":
+            tuned = _lora(model, options)
+        else:
+            model.requires_grad_(True)
+            tuned = Tuned(model, _trainable(model), lambda: model)
     except ValueError as error:
         raise CliError(f"{method}: {error}") from error
-    model.requires_grad_(True)
-    return Tuned(model, _trainable(model), lambda: model)
+    tuned.blocks = blocks
+    return tuned
 
 
 def losia_config(method: str, options: argparse.Namespace) -> losia_pro.LosiaConfig:

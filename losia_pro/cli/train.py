@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-from losia_pro.discover import repeated_blocks
 
 from .interrupt import Interrupt
 from .job import Job
@@ -112,12 +112,14 @@ def train(
     use_cache = model.config.use_cache  # Trainer turns it off
     if o.checkpointing:
         _switch_checkpointing(model, True)
-    blocks = [model.get_submodule(n) for n in repeated_blocks(model)] if o.compile else []
+    blocks = tuned.blocks if o.compile else []
     for block in blocks:
         block.compile()
+    # Blocks share one limit of compilations, beyond which they run eagerly: of shapes, of the first and the profiled.
+    variants = torch._dynamo.config.patch(recompile_limit=64) if blocks else nullcontext()
     peak = Peak(job.device)
     control = _Control(interrupt)
-    with training_progress(job.console, method, job.steps) as progress:
+    with training_progress(job.console, method, job.steps) as progress, variants:
         trainer = PlannedTrainer(
             job,
             progress,
@@ -133,6 +135,8 @@ def train(
     model.config.use_cache = use_cache
     for block in blocks:
         block._compiled_call_impl = None
+    if blocks:
+        torch.compiler.reset()  # the next method has the whole limit, and no shapes that are known already
     if o.checkpointing:
         _switch_checkpointing(model, False)
     logs = trainer.state.log_history
