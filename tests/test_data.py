@@ -29,7 +29,11 @@ from losia_pro.cli.errors import CliError
         ('{"prompt": "a", "response": ""}', "response is empty"),
         ('{"text": "a"}', "text, but .*:1 has prompt/response"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "messages, but .*:1 has prompt/resp"),
+        ('{"prompt": "a", "response": "b \\ud83d"}', r"'\\ud83d' alone is no character"),
+        ('{"prompt": %s}' % ("1" * 5000), "cannot be read .*4300 digits"),
+        ("[" * 200_000, "cannot be read .*recursion"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = write_lines(tmp_path / "d.jsonl", [*PAIRS[:2], "", line])

@@ -167,7 +167,9 @@ def _read(
                 f"{where}: {_say(found)}, but {first or 'the training data'} has {_say(kind)}; "
                 "all examples must be of one kind"
             )
-        records.append(Record(where, _content(row, kind, where)))
+        content = _content(row, kind, where)
+        _check_text(content, where)
+        records.append(Record(where, content))
     if left_out:
         print(
             f"{source}: {left_out:,} records left out: --response is empty there", file=sys.stderr
@@ -218,6 +220,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise CliError(
                 f"{where}: not a JSON object ({error.msg} at column {error.colno}); {ONE_A_LINE}"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets
+            raise CliError(f"{where}: cannot be read ({error})") from error
 
 
 # --- records -------------------------------------------------------------------------------------------
@@ -239,6 +243,17 @@ def _kind(row: Any, where: str) -> str:
         f"{where}: the fields are {', '.join(map(str, row)) or 'none'}; expected prompt and response, "
         "messages, or text"
     )
+
+
+def _check_text(content: Any, where: str) -> None:
+    """Raise a CliError for half of a surrogate pair: JSON can hold one, and no tokenizer reads it."""
+    try:
+        json.dumps(content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise CliError(
+            f"{where}: {half} alone is no character, but half of a surrogate pair; leave it out"
+        ) from error
 
 
 def _content(row: dict[str, Any], kind: str, where: str) -> Any:
