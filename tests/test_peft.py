@@ -274,7 +274,19 @@ def test_it_is_frozen_and_trained_again_as_peft_does():
             pass
         assert not any(p.requires_grad for p in model.parameters())
         model.set_adapter("default")
-        assert len(model.losia.parameters()) == len(model.losia.modules)
+        assert all(p.requires_grad for p in model.losia.parameters())
+
+
+def test_an_adapter_that_is_chosen_while_off_trains_once_it_is_on():
+    base, model, _ = adapted()
+    model.set_requires_grad("default", False)
+    with model.disable_adapter():
+        model.set_adapter("default")
+        out = model.eval()(
+            input_ids=IDS
+        ).logits  # with gradients enabled, as a reference may be called
+        torch.testing.assert_close(out.detach(), logits(base), rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.losia.parameters())
 
 
 def test_data_parallel_leaves_the_indices_alone():

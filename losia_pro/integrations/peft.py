@@ -207,6 +207,9 @@ class Switch(nn.Module, BaseTunerLayer):
         return {*self.active_adapters}
 
     def train_subnets(self, requires_grad: bool) -> None:
+        if self.disable_adapters:  # it counts once the adapter is on again
+            self.before = [requires_grad] * len(self.trained)
+            return
         for p in self.trained:
             p.requires_grad_(requires_grad)
 
