@@ -228,6 +228,7 @@ def subnet_sizes(
 def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
     """Raise a ValueError, by name, for a weight that cannot be tuned in place, or not so."""
     owners: dict[tuple[int, int | None], str] = {}
+    biases: dict[int, str] = {}
     for name, linear in linears.items():
         stored = linear.stored if isinstance(linear, View) else linear.weight
         index = linear.index if isinstance(linear, View) else None
@@ -277,6 +278,13 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
                 "use train_bias=False, or leave it out with target_modules"
             )
         owners[weight] = name
+        if config.train_bias and linear.bias is not None:
+            other = biases.setdefault(linear.bias.data_ptr(), name)
+            if other != name:
+                raise ValueError(
+                    f"train_bias=True: {name} and {other} share one bias, which would be trained and kept twice; use "
+                    "train_bias=False, or leave one out with target_modules"
+                )
 
 
 def _refuse_quantized(model: nn.Module) -> None:

@@ -29,6 +29,12 @@ def tied_within_blocks():
     return model
 
 
+def one_bias():
+    model = toys.stack()
+    model.layers[2].up.bias = model.layers[0].up.bias
+    return model
+
+
 def tied_by_memory():
     model = toys.stack()
     model.layers[2].up.weight.data = model.layers[0].up.weight.data
@@ -120,6 +126,7 @@ NO_WEIGHT = {
     "one on meta": (with_changed(lambda m: m.to("meta")), {}, "layers.1.down is on the meta device"),
     "shared weight": (tied_within_blocks, {}, "layers.2.up and layers.0.up share one weight"),
     "shared memory": (tied_by_memory, {}, "layers.2.up and layers.0.up share one weight"),
+    "shared bias": (one_bias, {"train_bias": True}, "layers.2.up and layers.0.up share one bias"),
     "inference": (torch.inference_mode()(toys.stack), {}, r"layers.0.up is of torch.inference_mode\(\)"),
     "fp8": (in_dtype(torch.float8_e4m3fn), {}, "layers.1.up has torch.float8_e4m3fn weights; only those of"),
     "int8": (in_dtype(torch.int8), {}, r"layers.1.up \(Linear\) has quantized weights \(Parameter, torch.int8\)"),
@@ -138,6 +145,11 @@ def test_a_model_that_cannot_be_attached_is_left_as_it_was(make, settings, messa
     with pytest.raises(ValueError, match=message):
         losia_pro.attach(model, LosiaConfig(**settings))
     toys.assert_same(before, toys.snapshot(model))
+
+
+def test_a_shared_bias_that_is_not_trained_or_of_one_target_is_no_harm():
+    losia_pro.attach(one_bias())
+    losia_pro.attach(one_bias(), LosiaConfig(train_bias=True, target_modules=["layers.0.up"]))
 
 
 def test_attaching_within_inference_mode_is_refused():
