@@ -34,7 +34,8 @@ class SubnetLinear(nn.Linear):
     fp32 (fp64 for fp64 weights; or bf16, see ``LosiaConfig``), holding the current values of those
     entries; ``out_idx`` and ``in_idx`` are sorted int64 buffers. Forward reads ``weight``, backward yields
     a gradient for ``subnet``; after an optimizer's step, ``write_back`` rounds ``subnet`` into ``weight``
-    (``Losia.bind`` does it).
+    (``Losia.bind`` does it). Who sets ``weight`` in place, by other means than ``load_state_dict``, calls
+    ``adopt_weight`` after it, or the next step puts the subnet's old values back.
 
     The output is ``F.linear``'s bit for bit, and where no gradient of ``subnet`` is asked for (``no_grad``,
     ``inference_mode``, a frozen ``subnet``) the call is ``F.linear``.
