@@ -74,15 +74,30 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
         (("--lr", "0"), "above 0"),
         (("--compare", "lora,dora"), "'dora' is none of"),
         (("--period", "-3"), "must be 1 or more"),
+        (("--period", "often"), "must be a whole number of 1 or more, got 'often'"),
+        (("--steps", "1e3"), "must be a whole number of 1 or more, got '1e3'"),
+        (("--warmup", "some"), "must be a number, got 'some'"),
+        (("--clip", "inf"), "must be above 0 and finite, got inf"),
+        (("--lr", ","), "needs a rate, e.g. 1e-3, got ','"),
+        (("--seed", "-1"), "must be in [0, 2**32), got -1"),
+        (("--seed", 2**32), "must be in [0, 2**32), got 4294967296"),
     ],
 )
 def test_a_bad_value_is_named(capsys, flags, message):
-    assert message in bad_flag(capsys, *flags)
+    # Of a run that is not there: what is not refused trains nothing.
+    assert message in bad_flag(capsys, "--resume", "no/such", *flags)
 
 
 def test_model_and_data_come_together(base, capsys):
     assert "--model needs --data too" in refused(capsys, *base[:2])
     assert "--data needs --model too" in refused(capsys, *base[2:])
+
+
+def test_a_recipe_without_data_asks_for_data(base, tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("steps: 2\n")
+    message = refused(capsys, "--recipe", recipe, *base[:2])
+    assert "mine.yaml needs --data too" in message
 
 
 @pytest.mark.parametrize("lost", [["base_decay"], ["prompt", "tasks"]], ids=str)

@@ -218,7 +218,10 @@ def refused(capsys, *flags) -> str:
         ("batchsize: 4", "unknown key 'batchsize'; the keys are about, tasks, model, data,"),
         ("output: out", "unknown key 'output'"),
         ("batch-size: 0", "argument --batch-size: must be 1 or more, got 0"),
-        ("batch-size: four", "argument --batch-size: invalid count value: 'four'"),
+        (
+            "batch-size: four",
+            "argument --batch-size: must be a whole number of 1 or more, got 'four'",
+        ),
         ("period: true", "period must be text or a number, as it would follow the flag, got True"),
         ("prompt: {a: 1}", "prompt must be text or a number"),
         ("method: dora", "argument --method: invalid choice: 'dora'"),

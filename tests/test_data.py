@@ -8,7 +8,7 @@ import logging
 import pytest
 from cli_tools import PAIRS, write_lines
 
-from losia_pro.cli import hub
+from losia_pro.cli import hub, named
 from losia_pro.cli.data import load
 from losia_pro.cli.errors import CliError
 
@@ -178,6 +178,13 @@ def test_held_out_data_of_its_own_must_be_of_the_same_kind(tmp_path):
     for wrong in (other, tmp_path / "e.txt"):
         with pytest.raises(CliError, match=r"text.*training data"):
             load(str(path), str(wrong))
+
+
+def test_held_out_data_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "d.jsonl", PAIRS[:4])
+    monkeypatch.setattr(named, "splits", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(CliError, match="gone.jsonl: no such file or folder"):
+        load(str(path), "gone.jsonl")
 
 
 def test_a_held_out_split_must_exist_and_a_share_lie_within_0_and_1(tmp_path):

@@ -189,7 +189,7 @@ def _held_out_split(source: str, subset: str | None) -> str | None:
     path = Path(source).expanduser()
     if path.is_dir() and _split_file(path, "train"):
         return next((name for name in HELD_OUT_NAMES if _split_file(path, name)), None)
-    if path.is_file():
+    if path.is_file() or (hub.is_a_path(source) and not path.exists()):
         return None
     names = named.splits(source, subset)
     return next((name for name in HELD_OUT_NAMES if name in names), None)

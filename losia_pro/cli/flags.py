@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NORM",
         help=f"of the gradient, at most (default: {d['clip']:g})",
     )
-    g.add_argument("--seed", type=int, metavar="N", help=f"(default: {d['seed']})")
+    g.add_argument("--seed", type=values.seed, metavar="N", help=f"(default: {d['seed']})")
     g.add_argument(
         "--eval-steps",
         type=values.count,

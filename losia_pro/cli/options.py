@@ -89,7 +89,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     if ("model" in given) != ("data" in given):
         one, other = ("data", "model") if "data" in given else ("model", "data")
         if "recipe" in given:
-            raise CliError(f"--recipe {given['recipe']} needs --model too: a folder or a hub id")
+            what = "a folder or a hub id" if other == "model" else "the recipe names none"
+            raise CliError(f"--recipe {given['recipe']} needs --{other} too: {what}")
         raise CliError(f"--{one} needs --{other} too; without both, the example runs")
     if "model" not in given:
         options.update(JOB, **_embedded())

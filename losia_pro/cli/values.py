@@ -9,7 +9,7 @@ METHODS = ("losia-pro", "losia", "lora", "full")
 
 def count(text: str) -> int:
     """A whole number of 1 or more."""
-    value = int(text)
+    value = _whole(text, "1 or more")
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
@@ -20,20 +20,44 @@ def count_or_none(text: str) -> int | None:
     return None if text == "none" else count(text)
 
 
+def seed(text: str) -> int:
+    """A whole number that Python's, NumPy's and PyTorch's generators all take."""
+    value = _whole(text, "0 or more")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**32), got {value}")
+    return value
+
+
+def _whole(text: str, range_: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of {range_}, got {text!r}"
+        ) from None
+
+
 def positive(text: str) -> float:
     """A number above 0."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
     return value
 
 
 def not_negative(text: str) -> float:
     """A number of 0 or more."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 0 or more and finite, got {text}")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def names(text: str) -> list[str]:
@@ -53,12 +77,15 @@ def learning_rates(text: str) -> dict[str, float]:
     for part in names(text):
         name, equals, value = part.rpartition("=")
         try:
-            rate = positive(value)
+            float(value)
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is neither a rate nor METHOD=RATE"
             ) from None
+        rate = positive(value)
         rates.update(dict.fromkeys((_method(name),) if equals else METHODS, rate))
+    if not rates:
+        raise argparse.ArgumentTypeError(f"needs a rate, e.g. 1e-3, got {text!r}")
     return rates
 
 
