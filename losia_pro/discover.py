@@ -60,7 +60,7 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     }
     linears = list(found)
     if not linears:
-        raise ValueError(f"{type(model).__name__} holds no nn.Linear to adapt")
+        raise ValueError(f"{type(model).__name__} holds no nn.Linear to adapt{_left_alone(model)}")
     blocks = repeated_blocks(model)
     head = _output_head(model, linears, blocks)
 
@@ -86,12 +86,23 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
         groups.append([trained_head])
     if not groups:
         raise ValueError(
-            f"{type(model).__name__} holds no nn.Linear besides its output head {head}; train that with "
-            "output_factor"
+            f"{type(model).__name__} holds no nn.Linear besides its output head {head}{_left_alone(model)}; train that "
+            "with output_factor"
         )
     if config.target_modules is None:
         _warn_of_the_rest(model, blocks, [found[n] for n in chosen])
     return Targets(groups, trained_head, {n: found[n] for group in groups for n in group})
+
+
+def _left_alone(model: nn.Module) -> str:
+    """What is like a linear and no ``nn.Linear``, in brackets."""
+    kinds = sorted(
+        {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)} - {"Linear"}
+    )
+    return (
+        f" ({', '.join(kinds)}: subclasses, which may read their weight in ways of their own)"
+        * bool(kinds)
+    )
 
 
 def _warn_of_the_rest(model: nn.Module, blocks: list[str], chosen: list[AnyLinear]) -> None:

@@ -79,7 +79,7 @@ def only_a_head():
 NO_TARGET = {
     "no linear": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2)), {}, "Sequential holds no nn.Linear to adapt"),
     "empty": (nn.Module, {}, "Module holds no nn.Linear"),
-    "only subclasses": (lambda: nn.MultiheadAttention(16, 2), {}, "MultiheadAttention holds no nn.Linear"),
+    "only subclasses": (lambda: nn.MultiheadAttention(16, 2), {}, "adapt .NonDynamicallyQuantizableLinear: sub"),
     "a linear itself": (lambda: nn.Linear(16, 16), {}, "the model is itself a linear"),
     "only a head": (only_a_head, {}, "Words holds no nn.Linear besides its output head lm_head"),
     "name of nothing": (

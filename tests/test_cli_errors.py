@@ -43,6 +43,7 @@ def bad_flag(capsys, *flags) -> str:
         (("--max-length", 65), "the model reads 64 tokens at most"),
         (("--device", "cuda"), "no CUDA GPU is visible"),
         (("--precision", "fp16"), "fp16 needs a GPU"),
+        (("--impl", "cuda"), "--impl cuda: .* cannot run on cpu.*use --impl torch"),
         (("--rank-factor", 1.5), r"rank_factor must be in \(0, 1\] or None, got 1.5"),
         (("--rank-factor", 0.001), "is too small to slice"),
         (("--target-modules", "q_proj,nope"), "'nope' matches no module"),

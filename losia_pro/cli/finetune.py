@@ -147,8 +147,6 @@ def _begin(folder: RunFolder, job: Job) -> None:
         if folder.record["data_digest"] != digest:
             raise CliError(f"{o.data}: the data has changed since the run in {folder.path} began")
         return
-    if job.together.first:
-        folder.make()
     model = job.load_model(o.method if job.training_dtype(o.method) == job.dtype else "lora")
     base = job.evaluate(model)
     folder.record.update(
@@ -166,6 +164,7 @@ def _begin(folder: RunFolder, job: Job) -> None:
         results={},
     )  # fmt: skip
     if job.together.first:
+        folder.make()  # not before: another run may be there, and this one may not have got so far
         folder.save()
 
 
@@ -179,7 +178,7 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
     from .train import train
 
     o = job.options
-    checkpoint = folder.last_checkpoint(method)
+    checkpoint = job.together.all(folder.last_checkpoint(method))[0]
     torch.manual_seed(o.seed)
     calibrate = o.init == "calibrate" and checkpoint is None
     batches = job.batches[: o.calibration_batches] if calibrate else []

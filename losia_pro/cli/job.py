@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from losia_pro import dispatch
 from losia_pro.discover import find_targets, subnet_sizes
 
 from . import hub
@@ -19,7 +22,7 @@ from .data import Data
 from .encode import Encoded, encode
 from .errors import CliError
 from .heldout import Score, score, sums
-from .memory import check_fits
+from .memory import check_fits, is_out_of_memory
 from .methods import losia_config
 from .processes import Processes, local_rank, local_size
 
@@ -67,10 +70,8 @@ class Job:
         from transformers import AutoModelForCausalLM
 
         dtype = self.training_dtype(method)
-        try:
+        with reading(f"--model {self.options.model}"):
             model: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
-        except (OSError, ValueError, ImportError) as error:
-            raise CliError(f"--model {self.options.model}: {first_line(error)}") from error
         return model.to(self.device)
 
 
@@ -91,14 +92,14 @@ def make_job(
 
     precision = choose_precision(options.precision, device)
     check_model(options.model)
-    try:
-        with hub.quiet():
-            config = AutoConfig.from_pretrained(options.model)
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with reading(f"--model {options.model}"), hub.quiet():
+        config = AutoConfig.from_pretrained(options.model)
         empty = empty_model(config)
-    except (OSError, ValueError, ImportError) as error:
-        raise CliError(f"--model {options.model}: {first_line(error)}") from error
+    with reading(f"--model {options.model}: no tokenizer that can be read"), hub.quiet():
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    _check_causal(empty, options.model)
     check_targets(empty, options)
+    _check_impl(options.impl, device)
     longest = getattr(config, "max_position_embeddings", None)
     if options.max_length is None:
         options.max_length = min(MAX_LENGTH, longest or MAX_LENGTH)
@@ -107,6 +108,7 @@ def make_job(
             f"--max-length {options.max_length}: the model reads {longest} tokens at most"
         )
     encoded = encode(data, tokenizer, options.max_length)
+    _check_vocabulary(encoded, empty, options.model)
     if len(encoded.held_out) > options.eval_limit:
         stride = len(encoded.held_out) / options.eval_limit
         kept = [encoded.held_out[int(i * stride)] for i in range(options.eval_limit)]
@@ -154,6 +156,37 @@ def empty_model(config: Any) -> Any:
         return auto.from_config(config)
 
 
+def _check_causal(model: Any, name: str) -> None:
+    """Raise a CliError for an encoder (BERT, RoBERTa), which AutoModelForCausalLM makes too: unless its config says
+    ``is_decoder``, it sees the tokens that it is to predict."""
+    config = model.config
+    if hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True):
+        raise CliError(
+            f"--model {name}: {type(model).__name__} is an encoder, which sees the tokens that it is to predict; "
+            "give a causal language model"
+        )
+
+
+def _check_vocabulary(data: Encoded, model: Any, name: str) -> None:
+    """Raise a CliError for a token that the model has no embedding of."""
+    largest = max(max(sample.ids) for sample in (*data.train, *data.held_out))
+    size = getattr(model.get_input_embeddings(), "num_embeddings", largest + 1)
+    if largest >= size:
+        raise CliError(
+            f"--model {name}: its tokenizer gives token {largest}, and the model knows {size} tokens; use the "
+            "tokenizer that it was trained with, or resize its embeddings"
+        )
+
+
+def _check_impl(impl: str | None, device: torch.device) -> None:
+    """Raise a CliError for kernels that cannot run there."""
+    for op in dispatch.PREFERENCE if impl else ():
+        try:
+            dispatch.resolve(op, device, impl)
+        except RuntimeError as error:
+            raise CliError(f"--impl {impl}: {error}; use --impl torch, or leave it out") from error
+
+
 def check_targets(model: Any, options: argparse.Namespace) -> None:
     """Raise a CliError if the subnets that are asked for cannot be in that model."""
     try:
@@ -189,5 +222,19 @@ def _pad_id(tokenizer: Any) -> int:
     return next(i for i in ids if i is not None)
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever a config, a checkpoint or a tokenizer raises is a CliError that begins with ``what``; but for memory
+    that ran out."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CliError(f"{what}: {first_line(error)}") from error
+
+
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """The first line of what it says, and the one that a colon announces."""
+    lines = [line.strip() for line in str(error).strip().split("\n")] or [""]
+    return " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(",") or type(error).__name__

@@ -63,19 +63,16 @@ def load_model(name: str, dtype: str, what: str = "BASE") -> Any:
     import transformers
 
     from . import hub
-    from .job import check_model, first_line
+    from .job import check_model, reading
 
     check_model(name, what)
     auto: Any = transformers
     auto.utils.logging.disable_progress_bar()
-    try:
-        with hub.quiet():
-            config = auto.AutoConfig.from_pretrained(name)
-            named = getattr(config, "architectures", None) or [""]
-            kind = getattr(auto, named[0], auto.AutoModelForCausalLM)
-            return kind.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise CliError(f"{what} {name}: {first_line(error)}") from error
+    with reading(f"{what} {name}"), hub.quiet():
+        config = auto.AutoConfig.from_pretrained(name)
+        named = getattr(config, "architectures", None) or [""]
+        kind = getattr(auto, named[0], auto.AutoModelForCausalLM)
+        return kind.from_pretrained(name, dtype=dtype)
 
 
 def load_tokenizer(name: str) -> Any:
