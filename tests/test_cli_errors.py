@@ -13,6 +13,7 @@ from cli_tools import finetune, make_data, make_model, make_tokenizer, write_lin
 
 from losia_pro.cli import job as jobs
 from losia_pro.cli import main, memory, options
+from losia_pro.cli.progress import TrainingProgress
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,33 @@ def test_running_out_of_memory_says_what_would_do(base, tmp_path, capsys, monkey
     message = refused(capsys, *base, "--output", tmp_path / "run")
     assert "out of memory" in message
     assert all(flag in message for flag in ("--batch-size", "--checkpointing", "--precision"))
+
+
+def test_training_that_diverges_stops_and_names_the_rate(base, tmp_path, capsys, monkeypatch):
+    run, shown = tmp_path / "run", []
+    monkeypatch.setattr(TrainingProgress, "step", lambda self, step, loss, *_: shown.append(loss))
+    flags = (*base, "--steps", 20, "--batch-size", 4, "--warmup", 1, "--compare", "full")
+    assert finetune(*flags, "--lr", "1e-3,full=1e30", "--output", run) == 2
+    out, err = capsys.readouterr()
+    assert (
+        "full: the held-out loss is nan: training has diverged; lower --lr, which is 1e+30" in err
+    )
+    assert 0 not in shown and "full         20/20" not in out
+    before = json.loads((run / "run.json").read_text(), parse_constant=pytest.fail)
+    assert before["results"].keys() == {"losia-pro"}
+
+
+def test_a_base_model_without_a_finite_loss_is_refused(base, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base[1])
+    model.model.norm.weight.data[0] = float("nan")
+    for part in (model, AutoTokenizer.from_pretrained(base[1])):
+        part.save_pretrained(tmp_path / "broken")
+    flags = ("--model", tmp_path / "broken", *base[2:], "--output", tmp_path / "run")
+    assert finetune(*flags) == 2
+    assert "its held-out loss is nan before training, in fp32" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_errors_keep_their_traceback(base, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -149,6 +150,11 @@ def _begin(folder: RunFolder, job: Job) -> None:
         return
     model = job.load_model(o.method if job.training_dtype(o.method) == job.dtype else "lora")
     base = job.evaluate(model)
+    if not math.isfinite(base.loss):
+        raise CliError(
+            f"--model {o.model}: its held-out loss is {base.loss} before training, in {job.precision}; give sound "
+            "weights, or another --precision"
+        )
     folder.record.update(
         status="running",
         arguments=vars(o),
@@ -175,7 +181,7 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
     from .interrupt import interruptible
     from .methods import prepare
     from .progress import print_line
-    from .train import train
+    from .train import check_finite, train
 
     o = job.options
     checkpoint = job.together.all(folder.last_checkpoint(method))[0]
@@ -199,6 +205,7 @@ def _tune(method: str, job: Job, folder: RunFolder) -> bool:
         folder.record["subnet_share"] = _share(tuned.losia.modules.values())
     model = _plain(tuned, job)
     score = job.evaluate(model)
+    check_finite(score.loss, method, o.lr[method])
     if not job.console.is_terminal:  # where it is one, the bar is there and the table is next
         print_line(job.console, method, job.steps, job.steps, f"held-out {score.loss:.3f}")
     if keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .errors import CliError
 from .interrupt import Interrupt
 from .job import Job
 from .memory import Peak
@@ -35,9 +37,11 @@ class Outcome:
 class PlannedTrainer(Trainer):
     """Trains on the job's batches as planned, and evaluates by our definition."""
 
-    def __init__(self, job: Job, progress: TrainingProgress, peak: Peak, **kwargs: Any) -> None:
+    def __init__(
+        self, method: str, job: Job, progress: TrainingProgress, peak: Peak, **kwargs: Any
+    ) -> None:
         super().__init__(train_dataset=job.data.train, eval_dataset=job.data.held_out, **kwargs)
-        self.job, self.progress, self.peak = job, progress, peak
+        self.method, self.job, self.progress, self.peak = method, job, progress, peak
         self.seconds = 0.0  # before this part of the run
         self.begun = time.perf_counter()
         self.tokens = 0
@@ -63,6 +67,7 @@ class PlannedTrainer(Trainer):
             return {}  # the finished model is about to be evaluated
         begun = time.perf_counter()
         loss = self.job.evaluate(self.model).loss
+        check_finite(loss, self.method, self.args.learning_rate)
         self.begun += time.perf_counter() - begun
         self.state.log_history.append({"eval_loss": loss, "step": self.state.global_step})
         self.progress.evaluated(self.state.global_step, loss)
@@ -103,6 +108,14 @@ class _Control(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
 
+def check_finite(loss: float, method: str, rate: float) -> None:
+    """Raise a CliError for a held-out loss that is no number: what was trained is lost."""
+    if not math.isfinite(loss):
+        raise CliError(
+            f"{method}: the held-out loss is {loss}: training has diverged; lower --lr, which is {rate:g}"
+        )
+
+
 def train(
     method: str, tuned: Tuned, job: Job, folder: Path, resume: Path | None, interrupt: Interrupt
 ) -> Outcome:
@@ -121,6 +134,7 @@ def train(
     control = _Control(interrupt)
     with training_progress(job.console, method, job.steps) as progress, variants:
         trainer = PlannedTrainer(
+            method,
             job,
             progress,
             peak,
@@ -144,7 +158,7 @@ def train(
         train=[
             {"step": log["step"], "loss": log["loss"], "lr": log["learning_rate"]}
             for log in logs
-            if "loss" in log
+            if math.isfinite(log.get("loss", math.nan))  # fp16 skips a step that overflows
         ],
         held_out=[{"step": g["step"], "loss": g["eval_loss"]} for g in logs if "eval_loss" in g],
         seconds=max(log.get("seconds", 0.0) for log in logs),
@@ -172,6 +186,7 @@ def _arguments(method: str, job: Job, folder: Path) -> TrainingArguments:
         fp16=job.precision == "fp16",
         use_cpu=job.device.type == "cpu",
         logging_steps=max(1, job.steps // 500),
+        logging_nan_inf_filter=False,  # it would show 0 for what is no number
         eval_strategy="steps",
         eval_steps=o.eval_steps or max(1, job.steps // 10),
         save_strategy="steps" if o.save_steps else "no",
