@@ -200,6 +200,23 @@ def test_what_cannot_be_evaluated_is_refused(base, delta, tasks, tmp_path, capsy
     assert not (tmp_path / "e.json").exists()
 
 
+def test_the_figures_are_json_without_nan_or_a_sentence(base, tasks, tmp_path, monkeypatch, capsys):
+    import lm_eval
+
+    def without_number(**settings):
+        found = original(**settings)
+        found["results"]["words"]["acc_stderr,none"] = float("nan")
+        return found
+
+    original = lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", without_number)
+    flags = (base, "--tasks", "words", "--include", tasks, "--limit", 2, "--device", "cpu")
+    assert evaluate(*flags, "--output", tmp_path / "e.json") == 0
+    found = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
+    assert found["figures"]["results"]["words"]["acc_stderr,none"] is None
+    assert "--output /proc/e.json: cannot be" in refused(capsys, *flags, "--output", "/proc/e.json")
+
+
 def test_without_the_harness_it_says_how_to_get_it(base, monkeypatch, capsys):
     from losia_pro.cli import evaluate as module
 

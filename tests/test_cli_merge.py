@@ -181,6 +181,7 @@ def test_inspect_refuses_what_load_delta_refuses(tuned, tmp_path, capsys):
         ({"shapes": "{}"}, "shapes of the weights"),
         ({"shapes": json.dumps({**json.loads(header["shapes"]), name: [2, 2]})}, "malformed delta"),
         ({"modules": "[]"}, "does not list modules"),
+        ({"config": "[1]"}, "config is no object"),
     ):
         safetensors.torch.save_file(tensors, tmp_path / "d", {**header, **edit})
         assert message in refused(capsys, "inspect", tmp_path / "d")

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from . import values
 from .errors import CliError
 from .merge import DTYPES
+from .rundir import written
 
 FIGURES = (  # of lm-evaluation-harness, that are kept
     "results",
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(
             f"--tasks {','.join(args.tasks)}: {str(why).strip().splitlines()[0]}"
         ) from error
-    output.write_text(json.dumps(_record(args, found, model), indent=2, default=str) + "\n")
+    record = _no_nan(_record(args, found, model))
+    with written(f"--output {output}"):
+        output.write_text(json.dumps(record, indent=2, default=str) + "\n")
     print(make_table(found))
     if found.get("groups"):
         print(make_table(found, "groups"))
@@ -156,6 +160,8 @@ def _output(args: argparse.Namespace) -> Path:
         path = (folder if folder.is_dir() and not args.delta else Path()) / "evaluation.json"
     if path.is_dir() or not path.parent.is_dir():
         raise CliError(f"--output {path}: a file in a folder that is there is needed")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CliError(f"--output {path}: cannot be written; give a file in a folder of your own")
     return path
 
 
@@ -170,3 +176,12 @@ def _record(args: argparse.Namespace, found: Any, model: Any) -> dict[str, Any]:
     figures = {key: found[key] for key in FIGURES if key in found}
     record = {"arguments": settings, "dtype": str(model.model.dtype).removeprefix("torch.")}
     return {**record, "figures": figures, **environment(model.device)}
+
+
+def _no_nan(value: Any) -> Any:
+    """With None, which JSON has, for NaN and infinity, which it has not."""
+    if isinstance(value, dict):
+        return {key: _no_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -43,6 +43,8 @@ def examine(path: str) -> dict[str, Any]:
         linears = {name: _linear(name, header, tensors) for name in forms}
         delta.check(linears, forms, tensors)
         config = json.loads(header.get("config", "null"))
+        if not isinstance(config, dict | None):
+            raise ValueError("malformed delta: its header's config is no object")
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: {str(error) or 'malformed delta'}") from error
     modules: dict[str, dict[str, Any]] = {}

@@ -107,6 +107,8 @@ def _check_free(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise CliError(f"OUT {out}: the folder holds files; give an empty or a new one")
     parent = out.absolute().parent
+    if not parent.exists():
+        raise CliError(f"OUT {out}: cannot be written, because there is no folder {parent}")
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CliError(f"OUT {out}: cannot be written, because {parent} cannot")
 
@@ -114,19 +116,18 @@ def _check_free(out: Path) -> None:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` when the block ends well; never over files that are there."""
-    from .rundir import open_up
+    from .rundir import open_up, written
 
-    room = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.absolute().parent))
-    try:
-        folder = room / out.name
-        folder.mkdir()
-        yield folder
-        open_up(folder)
-        for file in (*folder.rglob("*"), folder):
-            delta.to_disk(str(file))
-        os.rename(folder, out)
-        delta.to_disk(str(out.absolute().parent))
-    except OSError as error:
-        raise CliError(f"OUT {out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    with written(f"OUT {out}"):
+        room = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.absolute().parent))
+        try:
+            folder = room / out.name
+            folder.mkdir()
+            yield folder
+            open_up(folder)
+            for file in (*folder.rglob("*"), folder):
+                delta.to_disk(str(file))
+            os.rename(folder, out)
+            delta.to_disk(str(out.absolute().parent))
+        finally:
+            shutil.rmtree(room, ignore_errors=True)

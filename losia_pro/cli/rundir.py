@@ -16,6 +16,7 @@ from .errors import CliError
 
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
+TORCHS_WORDS = "inline_container", "iostream"  # of torch.save, for a file that it cannot write
 
 
 class RunFolder:
@@ -74,18 +75,23 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Gives a temporary path; what was written there becomes ``name`` when the block ends well."""
+        """Gives a temporary path; what was written there becomes ``name`` when the block ends well.
+
+        Raises:
+            CliError: see ``written``.
+        """
         final = self.path / name
-        room = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.path))
-        try:
-            temporary = room / name
-            yield temporary
-            if final.is_dir():
-                shutil.rmtree(final)
-            open_up(temporary)
-            os.replace(temporary, final)
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
+        with written(final):
+            room = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.path))
+            try:
+                temporary = room / name
+                yield temporary
+                if final.is_dir():
+                    shutil.rmtree(final)
+                open_up(temporary)
+                os.replace(temporary, final)
+            finally:
+                shutil.rmtree(room, ignore_errors=True)
 
     def checkpoints(self, method: str) -> Path:
         """Where a method's checkpoints go."""
@@ -102,6 +108,20 @@ class RunFolder:
         shutil.rmtree(self.checkpoints(method), ignore_errors=True)
         with suppress(OSError):  # another method's are there, or none at all
             (self.path / CHECKPOINTS).rmdir()
+
+
+@contextmanager
+def written(what: object) -> Iterator[None]:
+    """Raises a CliError that names ``what`` if what is written to it cannot be, on a full disk say."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCHS_WORDS):
+            raise
+        why = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        raise CliError(f"{what}: cannot be written ({why})") from error
 
 
 def open_up(path: Path) -> None:

@@ -20,6 +20,7 @@ from .memory import Peak
 from .methods import Tuned
 from .options import SCHEDULERS
 from .progress import TrainingProgress, training_progress
+from .rundir import written
 
 
 @dataclass
@@ -73,6 +74,10 @@ class PlannedTrainer(Trainer):
         self.progress.evaluated(self.state.global_step, loss)
         self.control.should_evaluate = False  # a stop ends the epoch, where Trainer asks again
         return {"eval_loss": loss}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with written(f"a checkpoint in {self.args.output_dir}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["seconds"] = self.seconds + time.perf_counter() - self.begun
