@@ -103,12 +103,9 @@ class _Control(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         together = self.trainer.job.together
-        if (
-            together.size > 1
-        ):  # all stop after one step: they ask where they wait for each other anyway
-            if not control.should_log:
-                return
-            self.interrupt.requested = any(together.all(self.interrupt.requested))
+        if together.size > 1 and not control.should_log:
+            return  # all stop after one step: they ask each other where they wait for each other anyway
+        self.interrupt.requested = any(together.all(self.interrupt.requested))
         if self.interrupt.requested:
             control.should_log = control.should_save = control.should_training_stop = True
 
