@@ -49,6 +49,7 @@ def bad_flag(capsys, *flags) -> str:
         (("--rank-factor", 0.001), "is too small to slice"),
         (("--target-modules", "q_proj,nope"), "'nope' matches no module"),
         (("--method", "lora", "--target-modules", "nope"), "'nope' matches no module"),
+        (("--target-modules", "(q_proj"), r"'\(q_proj' is not a regular expression"),
         (("--steps", 3, "--epochs", 1), "--steps or --epochs, not both"),
         (("--eval-split", "nope"), "data: split 'nope' cannot be read"),
         (("--resume",), "give --resume DIR"),

@@ -164,6 +164,12 @@ def test_rates_by_method_override_one_for_all():
     assert resolved.lr == {**options.DEFAULTS["lr"], "full": 0.5}
 
 
+def test_target_modules_are_names_or_what_peft_takes_as_one_string():
+    assert values.modules("q_proj, layers.0.mlp.up_proj") == ["q_proj", "layers.0.mlp.up_proj"]
+    for text in ("all-linear", r".*\.layers\.[0-3]\..*", "q_proj|v_proj", "[a,b]_proj"):
+        assert values.modules(text) == text
+
+
 def test_the_main_method_is_not_compared_with_itself():
     given = {"model": "m", "data": "d", "method": "lora", "compare": ["lora", "full"]}
     assert options.resolve(given).compare == ["full"]

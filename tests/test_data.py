@@ -125,6 +125,20 @@ def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     assert not hub.is_on_the_hub("name")
 
 
+def test_json_lines_are_not_taken_for_a_text(tmp_path):
+    rows = '\n{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n'
+    for name in ("d.jsonlines", "d", "d.log"):
+        (tmp_path / name).write_text(rows)
+        with pytest.raises(
+            CliError, match=rf"{name}: its first line is a JSON object; name the file .jsonl"
+        ):
+            load(str(tmp_path / name))
+    (tmp_path / "d.txt").write_text(rows)
+    assert load(str(tmp_path / "d.txt")).kind == "document"
+    (tmp_path / "e.py").write_text("{}.get(1)\n")
+    assert load(str(tmp_path / "e.py")).kind == "document"
+
+
 def test_a_named_dataset_is_read_with_its_test_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     splits = {"train": PAIRS[:5], "test": PAIRS[5:7]}

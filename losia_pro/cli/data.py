@@ -141,6 +141,11 @@ def _read(
                 "folder of its own and give the folder, which the package datasets reads"
             )
         if path.suffix.lower() not in JSON_LINES:
+            if path.suffix.lower() != ".txt" and _looks_like_json_lines(path):
+                raise CliError(
+                    f"{path}: its first line is a JSON object; name the file .jsonl to train on the fields, .txt to "
+                    "train on the text as it is"
+                )
             if pair:
                 raise CliError(f"{path}: a text file has no fields for --prompt and --response")
             if kind not in (None, "document"):
@@ -207,6 +212,13 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = text[: error.start].count(b"\n") + 1
         raise CliError(f"{path}:{line}: not UTF-8 text") from error
+
+
+def _looks_like_json_lines(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(_text(path).lstrip().partition("\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

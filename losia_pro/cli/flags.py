@@ -137,9 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--target-modules",
-        type=values.names,
+        type=values.modules,
         metavar="NAME,...",
-        help="linears to tune, as PEFT names them (default: all in the repeated blocks)",
+        help="linears to tune, as PEFT names them: names, a regular expression, or all-linear (default: all in the "
+        "repeated blocks)",
     )
     g.add_argument(
         "--init",

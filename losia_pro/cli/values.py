@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 METHODS = ("losia-pro", "losia", "lora", "full")
 
@@ -63,6 +64,13 @@ def _number(text: str) -> float:
 def names(text: str) -> list[str]:
     """What stands between commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def modules(text: str) -> list[str] | str:
+    """Names between commas; else, and for ``all-linear``, the one string that ``LosiaConfig`` takes."""
+    found = names(text)
+    plain = text != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in found)
+    return found if plain else text
 
 
 def methods(text: str) -> list[str]:
