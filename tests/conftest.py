@@ -15,6 +15,16 @@ with suppress(ImportError):  # a GPU machine may run tests/gpu without it
     settings.register_profile("untimed", parent=settings(), deadline=None)
     settings.load_profile("untimed")
 
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """The command line's flags of a tiny model and its data."""
+    from cli_tools import make_data, make_model
+
+    folder = tmp_path_factory.mktemp("base")
+    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
+
+
 GPU = Path(__file__).parent / "gpu"
 
 

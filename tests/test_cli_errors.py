@@ -9,17 +9,11 @@ import sys
 
 import pytest
 import torch
-from cli_tools import finetune, make_data, make_model, make_tokenizer, write_lines
+from cli_tools import finetune, make_tokenizer, write_lines
 
 from losia_pro.cli import job as jobs
 from losia_pro.cli import main, memory, options
 from losia_pro.cli.progress import TrainingProgress
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
 
 
 def refused(capsys, *flags) -> str:

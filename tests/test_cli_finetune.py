@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from cli_tools import PAIRS, finetune, make_data, make_model, record, write_lines
+from cli_tools import PAIRS, finetune, record, write_lines
 from safetensors.torch import load_file
 
 import losia_pro
@@ -18,12 +18,6 @@ from losia_pro.cli.job import Job
 
 FLAGS = ("--steps", 12, "--batch-size", 4, "--period", 3, "--rank-factor", 0.25, "--eval-steps", 4)
 LR = ("--lr", "1e-2")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import resource
 from contextlib import contextmanager
 
 import pytest
-from cli_tools import finetune, make_data, make_model
+from cli_tools import finetune
 
 from losia_pro.cli import main
 
@@ -20,12 +20,6 @@ def full_beyond(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
 
 
 def sentence(capsys) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import finetune, make_data, make_model, record
+from cli_tools import finetune, record
 from safetensors.torch import load_file
 from test_cli_errors import refused
 from test_trainer_ranks import torchrun
@@ -17,12 +17,6 @@ FLAGS = ("--steps", 12, "--batch-size", 4, "--period", 3, "--rank-factor", 0.25,
 FLAGS = (*FLAGS, "--lr", "1e-2")
 TWO = ("--nproc_per_node", "2", "-m", "losia_pro", "finetune")
 INTERRUPTED = Path(__file__).parent / "finetune_interrupted.py"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    return "--model", make_model(folder / "model"), "--data", make_data(folder / "data")
 
 
 @pytest.fixture(scope="module")
