@@ -86,6 +86,28 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_stopped(whole_run, tmp_pa
         assert torch.equal(module.subnet, resumed.losia.modules[name].subnet), name
 
 
+def test_it_is_evaluated_before_it_is_trained_and_made_anew_for_each_run(tmp_path):
+    def make(trial=None):
+        return get_peft_model(tiny_llama(), LosiaConfig(**SETTINGS))
+
+    args = arguments(tmp_path, max_steps=4)
+    callbacks = [LosiaCallback()]
+    trainer = Trainer(
+        args=args,
+        model_init=make,
+        train_dataset=dataset(),
+        eval_dataset=dataset(4),
+        callbacks=callbacks,
+    )
+    trainer.evaluate()
+    trainer.train()
+    first = trainer.model.losia
+    trainer.train()  # as hyperparameter_search does
+    second = trainer.model.losia
+    assert first is not second and first.step == second.step == 4
+    assert [r.name for r in first.history] == [r.name for r in second.history]
+
+
 CASES = {
     "moves": {},
     "fixed": {"period": None},

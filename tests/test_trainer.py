@@ -248,6 +248,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(tmp_path, resume=True, config=other)
 
 
+def test_a_controller_of_another_model_is_refused(tmp_path):
+    losia = losia_pro.attach(tiny_llama(), CONFIG)
+    detached = losia_pro.attach(tiny_llama(), CONFIG)
+    callbacks = ((LosiaCallback(losia), tiny_llama()), (LosiaCallback(detached), detached.detach()))
+    for callback, model in callbacks:
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset(), callbacks=[callback])
+        with pytest.raises(ValueError, match="not the one that LosiaCallback's controller adapts"):
+            trainer.train()
+
+
 def test_a_head_that_the_loss_goes_around_is_refused(tmp_path):
     """As TRL 1.16's trainers do: they multiply by its weight."""
 

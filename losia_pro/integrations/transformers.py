@@ -62,7 +62,7 @@ class LosiaCallback(TrainerCallback):
     """
 
     def __init__(self, losia: Losia | None = None) -> None:
-        self._losia = losia
+        self._given, self._losia = losia, losia
         self._handle: Any = None
         self._carrier: Any = None
         self._logged = 0
@@ -90,7 +90,8 @@ class LosiaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_other_engines(args, kwargs.get("model"))
-        self._losia = self._losia or getattr(kwargs["model"], "losia", None)
+        self._losia = self._given or getattr(kwargs["model"], "losia", None)
+        _refuse_another_model(self.losia, kwargs["model"])
         optimizer = innermost(kwargs["optimizer"])
         self._carrier = kwargs["lr_scheduler"] if _is_sharded(args) else None
         saved = optimizer.state.pop(KEY, None)
@@ -144,7 +145,9 @@ class LosiaCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        losia, values = self.losia, dict[str, float]()
+        if self._losia is None:  # evaluated before it is trained
+            return
+        losia, values = self._losia, dict[str, float]()
         if losia.config.period is not None and losia.config.rewarm and losia.step:
             groups = range(len(losia.groups))
             factors = [losia.schedule.rewarm(losia.step - 1, group) for group in groups]
@@ -181,6 +184,16 @@ def _is_json(path: Path) -> bool:
         return bool(json.loads(path.read_text()))
     except (OSError, ValueError):
         return False
+
+
+def _refuse_another_model(losia: Losia, model: nn.Module) -> None:
+    held = {id(m) for m in model.modules()}
+    if not any(id(m) in held for m in losia.modules.values()):
+        raise ValueError(
+            "the trainer's model is not the one that LosiaCallback's controller adapts, or that one was detached; give "
+            "LosiaCallback what losia_pro.attach(model) returns for this model, and a trainer with model_init a "
+            "model_init that returns PEFT models, and LosiaCallback()"
+        )
 
 
 def _refuse_a_head_without_gradient(model: nn.Module) -> None:
