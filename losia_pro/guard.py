@@ -1,11 +1,38 @@
-"""Activation checkpointing must not recompute a forward on indices that have changed since."""
+"""What a layer could miss: that indices have changed since the forward it recomputes, and a fused optimizer's step."""
 
 from __future__ import annotations
 
+import functools
 import threading
+from typing import Any
 
 import torch
+from torch import nn
 from torch._C._autograd import _get_sequence_nr
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+MARK = "_losia_subnet"  # of a parameter that is one
+
+
+def watch_steps(subnet: nn.Parameter) -> None:
+    """Let every optimizer's step change the version of ``subnet``, by which its layer sees that it was not written: a
+    fused one leaves it as it is."""
+    setattr(subnet, MARK, True)
+    _watch_fused()
+
+
+@functools.cache
+def _watch_fused() -> None:
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for p in group["params"]:
+                if p.grad is not None and hasattr(p, MARK):
+                    increment_version(p)
 
 
 class RecomputeGuard:

@@ -15,7 +15,7 @@ from . import sharded
 from .base import Touched
 from .config import subnet_size
 from .functional import GradientSink, checked
-from .guard import RecomputeGuard
+from .guard import RecomputeGuard, watch_steps
 from .ops import compact_dtype
 from .selection import random_neurons, select_together
 from .shared import SharedInputs
@@ -150,6 +150,7 @@ class SubnetLinear(nn.Linear):
         for name, idx in (("out_idx", out_idx), ("in_idx", in_idx)):
             self.register_buffer(name, idx.to(self.weight.device), persistent=False)
         self.subnet = nn.Parameter(self._block())
+        watch_steps(self.subnet)
         self.mark_written()
 
     def _block(self) -> Tensor:
@@ -311,7 +312,8 @@ def _sizes(
 def _warn_stale() -> None:
     warnings.warn(
         "a subnet was changed but not written into its dense weight, so the forward does not see it: "
-        "bind the optimizer with losia.bind(optimizer), or call write_back() after each step",
+        "bind the optimizer with losia.bind(optimizer) (LosiaCallback does it for Trainer), or call write_back() after "
+        "each step",
         UserWarning,
         stacklevel=6,
     )
