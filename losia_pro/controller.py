@@ -122,8 +122,8 @@ class Losia:
 
         Raises:
             TypeError: not a ``torch.optim.Optimizer``.
-            ValueError: LBFGS; subnets missing from the optimizer, or in bf16 and rounded to nearest by it; one without
-                learning rates, with ``base_decay``; ``init="calibrate"`` not done yet.
+            ValueError: LBFGS, or a schedule-free optimizer; subnets missing from it, or in bf16 and rounded to nearest
+                by it; one without learning rates, with ``base_decay``; ``init="calibrate"`` not done yet.
             RuntimeError: ranks that differ in weights, subnets, settings or step; so does a later step. A detached one.
         """
         base.refuse_detached(self)
@@ -152,6 +152,10 @@ class Losia:
         for handle in self._handles:
             handle.remove()
         self._handles, self._optimizer = [], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not bound: its optimizer's hooks are not copied, and cannot be pickled."""
+        return {**vars(self), "_handles": [], "_optimizer": None, "_scaler": None, "_ranks": None}
 
     def _set_profiled(self) -> None:
         """Give the groups profiled at the present step their buffers, and free all others'."""

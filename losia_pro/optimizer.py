@@ -34,8 +34,8 @@ def check_optimizer(
 
     Raises:
         TypeError: not a ``torch.optim.Optimizer``.
-        ValueError: LBFGS; subnets missing from the optimizer; subnets in bf16 that it rounds to nearest; no learning
-            rate to decay by.
+        ValueError: LBFGS; schedule-free optimizers; subnets missing from the optimizer; subnets in bf16 that it rounds
+            to nearest; no learning rate to decay by.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -47,8 +47,18 @@ def check_optimizer(
             "LBFGS keeps one flat history of all parameters, which cannot be reset for the subnets "
             "that move; use a first-order optimizer such as AdamW"
         )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{type(optimizer).__name__} trains other values than it evaluates, which the dense weights do not follow, "
+            "as schedule-free optimizers do; use AdamW with a scheduler"
+        )
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     missing = [n for n, subnet in subnets.items() if id(subnet) not in held]
+    if missing and not any(subnets[n].requires_grad for n in missing):
+        raise ValueError(
+            f"{len(missing)} of {len(subnets)} subnets are frozen and not in the optimizer, e.g. {missing[0]}; let "
+            "them require grad before it is created (PEFT's from_pretrained: is_trainable=True)"
+        )
     if missing:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of {len(subnets)} subnets, e.g. {missing[0]}; "

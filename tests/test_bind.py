@@ -26,6 +26,13 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
+class ScheduleFree(torch.optim.SGD):
+    """As the package schedulefree has them: training and evaluation are at different values."""
+
+    def train(self): ...
+    def eval(self): ...
+
+
 BAD_OPTIMIZERS = {
     "nothing": (lambda losia: None, TypeError, "bind takes a torch.optim.Optimizer, got NoneType"),
     "parameters": (lambda losia: losia.parameters(), TypeError, "got list"),
@@ -34,6 +41,7 @@ BAD_OPTIMIZERS = {
         TypeError, "got ConstantLR",
     ),
     "lbfgs": (lambda losia: torch.optim.LBFGS(losia.parameters()), ValueError, "LBFGS keeps one flat history"),
+    "schedule-free": (lambda losia: ScheduleFree(losia.parameters()), ValueError, "use AdamW with a scheduler"),
     "one subnet short": (
         lambda losia: sgd(losia.parameters()[:-1]), ValueError,
         "lacks 1 of 6 subnets, e.g. layers.2.down; create it with losia.parameters",
@@ -92,6 +100,14 @@ def test_freezing_and_thawing_change_what_trains_but_not_what_an_optimizer_takes
     assert torch.equal(frozen_layer.weight, weight) and len(losia.history) == 10
 
 
+def test_frozen_subnets_that_an_optimizer_leaves_out_are_named_as_such():
+    losia = losia_pro.attach(toys.stack(), LosiaConfig(rank_factor=1 / 4))
+    losia.model.requires_grad_(False)
+    optimizer = sgd([torch.nn.Parameter(torch.zeros(1))])  # as Trainer makes one
+    with pytest.raises(ValueError, match="6 of 6 subnets are frozen.*is_trainable=True"):
+        losia.bind(optimizer)
+
+
 def test_binding_another_optimizer_releases_the_last():
     losia, first = bound()
     second = sgd(losia.parameters())
@@ -108,7 +124,7 @@ import sys, warnings
 import torch, toys, losia_pro
 warnings.simplefilter("always")
 losia = losia_pro.attach(toys.stack())
-optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(losia.parameters(), lr=0.1, fused="fused" in sys.argv)
 if "bind" in sys.argv:
     losia.bind(optimizer)
 with warnings.catch_warnings(record=True) as caught:
@@ -117,11 +133,12 @@ print([str(w.message) for w in caught])
 """
 
 
+@pytest.mark.parametrize("fused", [[], ["fused"]], ids=["", "fused"])
 @pytest.mark.parametrize("bind", [True, False], ids=["bound", "unbound"])
-def test_stepping_an_unbound_model_warns_once(bind):
+def test_stepping_an_unbound_model_warns_once(bind, fused):
     """In a process of its own: "once" is once a process."""
     done = subprocess.run(
-        [sys.executable, "-c", UNBOUND, *(["bind"] if bind else [])],
+        [sys.executable, "-c", UNBOUND, *(["bind"] if bind else []), *fused],
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"},
         text=True, capture_output=True, check=True,
     )  # fmt: skip

@@ -90,15 +90,10 @@ def test_it_is_evaluated_before_it_is_trained_and_made_anew_for_each_run(tmp_pat
     def make(trial=None):
         return get_peft_model(tiny_llama(), LosiaConfig(**SETTINGS))
 
-    args = arguments(tmp_path, max_steps=4)
-    callbacks = [LosiaCallback()]
     trainer = Trainer(
-        args=args,
-        model_init=make,
-        train_dataset=dataset(),
-        eval_dataset=dataset(4),
-        callbacks=callbacks,
-    )
+        args=arguments(tmp_path, max_steps=4), model_init=make, train_dataset=dataset(),
+        eval_dataset=dataset(4), callbacks=[LosiaCallback()],
+    )  # fmt: skip
     trainer.evaluate()
     trainer.train()
     first = trainer.model.losia
@@ -218,6 +213,22 @@ def test_training_goes_on_after_it_was_switched_off_and_on():
             step(m, o)
     assert model.losia.history == other.losia.history
     toys.equal_bits(toys.weights(model.losia), toys.weights(other.losia))
+
+
+def test_a_model_that_is_trained_can_be_pickled(tmp_path):
+    _, model, optimizer = adapted(steps=4)
+    tuned = logits(model)
+    torch.save(model, tmp_path / "model.pt")
+    copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(copied), tuned)
+    its_optimizer = torch.optim.AdamW(copied.losia.parameters(), lr=1e-2)
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied.losia.bind(its_optimizer)
+    for m, o in ((model, optimizer), (copied, its_optimizer)):
+        for _ in range(4):
+            step(m, o)
+    assert copied.losia.history == model.losia.history
+    toys.equal_bits(toys.weights(copied.losia), toys.weights(model.losia))
 
 
 def test_loading_over_a_trained_adapter_leaves_nothing_of_it(tmp_path):

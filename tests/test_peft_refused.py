@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners import tuners_utils
 from safetensors.torch import load_file, save_file
-from test_peft import SETTINGS, adapted, logits, step
+from test_peft import IDS, SETTINGS, adapted, logits, step
 from test_trainer import CONFIG, arguments, dataset, tiny_llama
 from transformers import Trainer
 
@@ -53,6 +53,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         model.add_adapter("other", LosiaConfig())
     with refused("unload"):
         model.delete_adapter("default")
+    with refused("adapter_names.*disable_adapter"):
+        model.eval()(input_ids=IDS, adapter_names=["__base__"] * len(IDS))
     with refused("attached already"):
         get_peft_model(model.get_base_model(), LosiaConfig())
     with refused("not compatible"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import peft
@@ -132,6 +133,15 @@ class LosiaModel(BaseTuner):
     ) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         self.switch.train_subnets(requires_grad)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: the adapter is in the model's own weights, on for all of a batch or for none; use "
+                "disable_adapter() around a batch for the base model"
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         raise ValueError(
