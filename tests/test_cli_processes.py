@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,27 @@ def test_a_run_is_resumed_by_as_many_processes(base, tmp_path, capsys, monkeypat
     assert again.startswith("torchrun --nproc_per_node 2 -m losia_pro finetune --resume ")
     assert again in capsys.readouterr().out
     assert again in refused(capsys, "--resume", tmp_path / "run")
+
+
+def test_all_processes_end_alike_where_the_first_cannot_use_the_folder(tmp_path):
+    """The others would wait for it, and show a traceback when it is gone."""
+    from losia_pro.cli import finetune as command
+
+    (tmp_path / "run.json").write_text("{}")
+    said = []
+
+    class Together(processes.Processes):
+        def all(self, mine):
+            said.append(mine)
+            return said[:1] * self.size
+
+    options = argparse.Namespace(
+        recipe=None, data="data", method="losia-pro", output=tmp_path, overwrite=False
+    )
+    for rank in range(2):
+        with pytest.raises(processes.CliError, match="the folder holds another run"):
+            command._folder(options, None, Together(rank, 2))
+    assert said[1] is None
 
 
 def test_processes_that_cannot_meet_are_refused(base, tmp_path, capsys, monkeypatch):

@@ -110,12 +110,17 @@ def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
 def _folder(
     options: argparse.Namespace, reopened: RunFolder | None, together: Processes
 ) -> RunFolder:
-    """The run's folder: that of the first process, for all of them."""
-    folder = reopened
+    """The run's folder: that of the first process, for all of them; or why there is none, that all end alike."""
+    folder: RunFolder | CliError | None = reopened
     if folder is None and together.first:
         name = f"{Path(options.recipe or options.data).stem}-{options.method}"
-        folder = RunFolder.choose(options.output, name, options.overwrite)
+        try:
+            folder = RunFolder.choose(options.output, name, options.overwrite)
+        except CliError as error:
+            folder = error
     folder = together.all(folder)[0]
+    if isinstance(folder, CliError):
+        raise folder
     assert folder is not None
     before = folder.record.get("processes", together.size)
     if before != together.size:
