@@ -97,6 +97,8 @@ def forget(optimizer: torch.optim.Optimizer, subnet: Tensor) -> None:
     State that begins with zeros is zeroed in place: a compiled step is compiled for the tensors it has seen, and
     ``torch.distributed.checkpoint`` loads state that every parameter had when it was saved.
     """
+    if isinstance(inner := getattr(optimizer, "optim", None), torch.optim.Optimizer):
+        optimizer = inner  # ZeroRedundancyOptimizer's: it has the state, of this process's part
     kind = type(optimizer)
     zeros = kind is AdamW or (
         kind is getattr(torch.optim, kind.__name__, None) and kind.__name__ in BEGIN_WITH_ZEROS

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import toys
 from ranks import LR, MOMENTUM, STEPS, Run, Sharded, data, launch, rank_and_size, share
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_pro import LosiaConfig
@@ -175,6 +176,19 @@ def wrapped_last() -> dict[str, Any]:
 
 def test_bind_may_come_before_the_wrapper(alone, tmp_path):
     for end in launch(wrapped_last, 2, tmp_path):
+        assert_equal(end, alone)
+
+
+def optimizer_in_parts() -> dict[str, Any]:
+    def make(parameters):
+        optimizer = torch.optim.SGD
+        return ZeroRedundancyOptimizer(parameters, optimizer, lr=LR, momentum=MOMENTUM)
+
+    return Run(make=make).bind().go(data()).end()
+
+
+def test_a_moved_subnet_is_forgotten_by_an_optimizer_whose_state_is_in_parts(alone, tmp_path):
+    for end in launch(optimizer_in_parts, 2, tmp_path):
         assert_equal(end, alone)
 
 
