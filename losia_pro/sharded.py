@@ -271,7 +271,8 @@ def _side_by_side(mine: Tensor, n: int, group: Any) -> Tensor:
     if group is None:
         return mine
     together = mine.new_empty(n * len(mine), *mine.shape[1:])
-    dist.all_gather_into_tensor(together, mine.contiguous(), group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before 2.13
+    gather(together, mine.contiguous(), group=group)
     return together
 
 

@@ -51,6 +51,7 @@ def _process(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.filterwarnings("error", "a subnet was changed")
+    warnings.filterwarnings("error", "`torch.distributed.*deprecated", FutureWarning)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(
