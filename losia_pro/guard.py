@@ -24,10 +24,12 @@ def watch_steps(subnet: nn.Parameter) -> None:
 
 @functools.cache
 def _watch_fused() -> None:
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     for group in optimizer.param_groups:
         if group.get("fused"):
             for p in group["params"]:

@@ -245,6 +245,7 @@ class SubnetLinear(nn.Linear):
         super().__setstate__(state)
         self._guard = RecomputeGuard()  # a copy has no forward yet
         self._written = self._weight_then = 0  # its tensors are new
+        watch_steps(self.subnet)
 
     def extra_repr(self) -> str:
         n_out, n_in = self.subnet.shape
