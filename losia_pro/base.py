@@ -143,7 +143,7 @@ def refuse_detached(losia: Losia) -> None:
     """Raise a RuntimeError after ``detach``: the subnets are in no model, but would be written into its weights."""
     if losia._detached:
         raise RuntimeError(
-            "detached already, so this Losia has no subnets to train, load or take out; attach() the model again"
+            "detached already, so this Losia has no subnets to train or load; attach() the model again"
         )
 
 

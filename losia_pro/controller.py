@@ -303,13 +303,13 @@ class Losia:
     def detach(self) -> nn.Module:
         """Put the plain ``nn.Linear`` back with the tuned weights in place; returns the model.
 
-        Hooks are removed and every parameter's ``requires_grad`` is as it was before ``attach``.
+        Hooks are removed and every parameter's ``requires_grad`` is as it was before ``attach``. Twice is as once.
 
         Raises:
             TypeError: a model that FSDP2 shards: its modules stay what they were at ``fully_shard``.
-            RuntimeError: detached already.
         """
-        base.refuse_detached(self)
+        if self._detached:
+            return self.model
         sharded.refuse_detach(self.modules.values())
         self.write_back()
         self._unbind()

@@ -145,6 +145,7 @@ def test_saved_loaded_switched_off_merged_and_unloaded(tmp_path, monkeypatch, ca
         warnings.simplefilter("error")  # PEFT's advice on tied weights is not for us
         merged = loaded.merge_and_unload()
     assert type(merged) is type(base) and torch.equal(logits(merged), tuned)
+    assert loaded.merge_and_unload() is merged and torch.equal(logits(merged), tuned)
     assert not any(isinstance(m, losia_pro.SubnetLinear) for m in merged.modules())
     assert merged.state_dict().keys() == base.state_dict().keys()
 
