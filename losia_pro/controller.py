@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import base, checkpoint, decay, delta, sharded
+from . import base, checkpoint, decay, delta, rewarm, sharded
 from .calibrate import calibrate
 from .config import LosiaConfig
 from .convert import convert, restore, take_places
@@ -78,7 +78,7 @@ class Losia:
         self._handles: list[Any] = []
         self._skip = self._detached = False
         self._ranks: Ranks | None = None
-        self._before: list[tuple[list[Tensor], list[Tensor], float]] = []
+        self._before: rewarm.Before = []
         self._last: dict[str, Tensor] = {}
         self._calibrated = config.init == "random"
         self._required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -183,21 +183,13 @@ class Losia:
             for group in self.schedule.reselected(self.step)
             for n, m in self.group_modules(group).items()
         }
-        self._before = []
-        for group in range(len(self.groups)):
-            factor = self.schedule.rewarm(self.step, group) if self.config.rewarm else 1.0
-            if factor < 1:
-                subnets = [m.subnet.detach() for m in self.group_modules(group).values()]
-                old = [sharded.local(s).clone() for s in subnets]
-                self._before.append((subnets, old, factor))
+        self._before = rewarm.before(self)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self.config.base_decay and not self._skip:
             decay.pull(self, optimizer)
-        # Interpolating old + f (new - old) is the step at f times the learning rate, for any optimizer.
-        for k, (subnets, old, factor) in enumerate(self._before):
-            decay.lerp_(subnets, old, 1 - factor, self.config.seed, self.step, k, 1)
+        rewarm.after(self, self._before)
         self._before = []
         # Here and not before the step: a closure's backward comes in between. The dense weights that
         # importance reads are still those of the forward.

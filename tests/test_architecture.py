@@ -46,6 +46,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("convert", "delta", "discover"),
     ("distributed", "inputs", "reselect", "switch"),
     ("calibrate", "checkpoint", "decay"),
+    ("rewarm",),
     ("controller",),
     ("__init__",),
     ("integrations",),

@@ -193,29 +193,6 @@ def test_an_adapter_holds_the_trained_places_and_no_more(tmp_path):
     assert 0 <= size - (2 * entries + 8 * neurons + 32) <= header
 
 
-def test_training_goes_on_after_it_was_switched_off_and_on():
-    _, model, optimizer = adapted(steps=4)
-    _, other, its_optimizer = adapted(steps=4)
-    torch.manual_seed(0)  # of dropout
-    graph = model(input_ids=IDS, labels=IDS).loss
-    with model.disable_adapter():
-        assert model.get_model_status().enabled is False
-        model(input_ids=IDS, labels=IDS)  # also without torch.no_grad()
-        with pytest.raises(RuntimeError, match="inside losia.base"):
-            optimizer.step()
-    graph.backward()  # a graph from before is good again
-    torch.manual_seed(0)
-    other(input_ids=IDS, labels=IDS).loss.backward()
-    for name, module in model.losia.modules.items():
-        assert torch.equal(module.subnet.grad, other.losia.modules[name].subnet.grad)
-    for m, o in ((model, optimizer), (other, its_optimizer)):
-        o.zero_grad()
-        for _ in range(4):
-            step(m, o)
-    assert model.losia.history == other.losia.history
-    toys.equal_bits(toys.weights(model.losia), toys.weights(other.losia))
-
-
 def test_a_model_that_is_trained_can_be_pickled(tmp_path):
     _, model, optimizer = adapted(steps=4)
     tuned = logits(model)
@@ -294,33 +271,6 @@ def test_a_classifier_is_trained_and_saved_whole(tmp_path, how):
     merged = loaded.merge_and_unload()
     assert torch.equal(logits(merged), tuned)
     assert not torch.equal(merged.score.weight, base.score.weight)
-
-
-def test_it_is_frozen_and_trained_again_as_peft_does():
-    _, model, _ = adapted(steps=0)
-    for freeze in (
-        lambda: model.set_adapter("default", inference_mode=True),
-        lambda: model.set_requires_grad("default", False),
-    ):
-        freeze()
-        assert not any(p.requires_grad for p in model.parameters())
-        with model.disable_adapter():
-            pass
-        assert not any(p.requires_grad for p in model.parameters())
-        model.set_adapter("default")
-        assert all(p.requires_grad for p in model.losia.parameters())
-
-
-def test_an_adapter_that_is_chosen_while_off_trains_once_it_is_on():
-    base, model, _ = adapted()
-    model.set_requires_grad("default", False)
-    with model.disable_adapter():
-        model.set_adapter("default")
-        out = model.eval()(
-            input_ids=IDS
-        ).logits  # with gradients enabled, as a reference may be called
-        torch.testing.assert_close(out.detach(), logits(base), rtol=0, atol=0)
-    assert all(p.requires_grad for p in model.losia.parameters())
 
 
 def test_data_parallel_leaves_the_indices_alone():
