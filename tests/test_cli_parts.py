@@ -24,6 +24,8 @@ from losia_pro.cli.heldout import evaluate
 from losia_pro.cli.interrupt import interruptible
 from losia_pro.cli.rundir import RunFolder
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def trained_model(tmp_path_factory):
@@ -161,7 +163,28 @@ def test_rates_by_method_override_one_for_all():
     rates = values.learning_rates("1e-3, lora=3e-3")
     assert rates == {"losia-pro": 1e-3, "losia": 1e-3, "lora": 3e-3, "full": 1e-3}
     resolved = options.resolve({"model": "m", "data": "d", "lr": {"full": 0.5}})
-    assert resolved.lr == {**options.DEFAULTS["lr"], "full": 0.5}
+    assert resolved.lr == {"losia-pro": 3.5, "losia": 3.5, "lora": 2e-4, "full": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rate"),
+    [
+        ({}, 1.4e-4),  # 2e-5 (32/3)^0.82
+        ({"rank_factor": 1 / 8}, 6.1e-4),  # 2e-5 64^0.82
+        ({"in_factor": 1 / 64}, 6.1e-4),
+        ({"rank_factor": 1.0}, 2e-5),
+        ({"rank_factor": 1 / 8, "lr": {"losia-pro": 1e-3}}, 1e-3),
+    ],
+)
+def test_subnets_begin_at_the_rate_that_their_share_asks_for(sizes, rate):
+    record = json.loads((ROOT / "benchmarks" / "results" / "quality-26m.json").read_text())
+    assert round(record["rate_rule"]["power"], 2) == options.RATE_POWER
+    assert options.resolve({"model": "m", "data": "d", **sizes}).lr["losia-pro"] == rate
+
+
+def test_a_size_that_cannot_be_is_refused_with_the_flags():
+    with pytest.raises(CliError, match="rank_factor must be in .*, got 0"):
+        options.resolve({"model": "m", "data": "d", "rank_factor": 0.0})
 
 
 def test_target_modules_are_names_or_what_peft_takes_as_one_string():

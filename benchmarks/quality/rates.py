@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from losia_pro import LosiaConfig
+from losia_pro.cli import options
 
 from . import studies  # noqa: F401 - the studies' methods
 from .methods import METHODS, Method
@@ -29,10 +30,9 @@ def share(method: Method) -> float | None:
     if method.kind == "full":
         return 1.0
     config = LosiaConfig(**method.settings) if method.kind == "losia" else None
-    # At 4096 what is lost by rounding to whole neurons does not count.
     if config is None or config.period or method.lever:
         return None
-    return config.n_in(4096) * config.n_out(4096) / 4096**2
+    return options.share(config)
 
 
 def best_log_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:

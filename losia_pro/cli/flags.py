@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from . import values
-from .options import DEFAULTS, PRECISIONS, SCHEDULERS
+from .options import DEFAULTS, PRECISIONS, RATE_POWER, SCHEDULERS
 from .values import METHODS
 
 EXAMPLES = """\
@@ -193,7 +193,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LR|METHOD=LR,...",
         help="for all methods or by method, e.g. 1e-3 or lora=3e-3,full=1e-3 (default: "
         + ", ".join(f"{m}={lr:g}" for m, lr in d["lr"].items())
-        + "; starting points, not tuned for your model)",
+        + f", subnets' full's times the share trained to the power of {RATE_POWER}; starting points, not tuned for "
+        "your model)",
     )
     g.add_argument("--scheduler", choices=tuple(SCHEDULERS), help=f"(default: {d['scheduler']})")
     g.add_argument(

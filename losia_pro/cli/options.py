@@ -25,6 +25,7 @@ SUBNETS = (  # flags that are LosiaConfig's fields
     "impl", "rank_factor", "in_factor", "out_factor", "output_factor", "neuron_group", "share_inputs", "period",
     "base_decay", "target_modules", "init", "seed",
 )  # fmt: skip
+RATE_POWER = -0.82  # of the share trained, by the searches of benchmarks/results/quality-26m.json
 DEFAULTS: dict[str, Any] = {
     "recipe": None,
     "tasks": [],  # that the recipe names, for losia-pro evaluate
@@ -44,8 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "steps": None,
     "batch_size": 8,
     "accumulation": 1,
-    # Starting points from published recipes, not tuned by us: set --lr for your model and data.
-    "lr": {"losia-pro": 2e-4, "losia": 2e-4, "lora": 2e-4, "full": 2e-5},
+    # Starting points from published recipes, not tuned by us: set --lr for your model and data. Of subnets: _rate.
+    "lr": {"lora": 2e-4, "full": 2e-5},
     "scheduler": "cosine",
     "warmup": 0.1,
     "weight_decay": 0.0,
@@ -100,11 +101,28 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     if "epochs" in given:
         options["steps"] = None
     options.update(given, lr=lr)
+    try:
+        config = LosiaConfig(**{name: options[name] for name in SUBNETS})
+        rate = _rate(lr["full"], config)
+    except ValueError as error:
+        raise CliError(str(error)) from error
+    options["lr"] = {"losia-pro": rate, "losia": rate, **lr}
     options["compare"] = [m for m in options["compare"] if m != options["method"]]
     for name in ("model", "data", "eval_data", "output"):
         if options[name] and Path(options[name]).expanduser().exists():
             options[name] = str(Path(options[name]).expanduser().resolve())
     return argparse.Namespace(**options)
+
+
+def share(config: LosiaConfig) -> float:
+    """Of a wide linear's weights, those in its subnet."""
+    wide = 4096  # what is lost by rounding to whole neurons does not count there
+    return config.n_in(wide) * config.n_out(wide) / wide**2
+
+
+def _rate(full: float, config: LosiaConfig) -> float:
+    """Where to begin with subnets: full fine-tuning's rate times their share to a power, in two digits."""
+    return float(f"{full * share(config) ** RATE_POWER:.1e}")
 
 
 def _embedded() -> dict[str, str]:
