@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import mmap
@@ -14,8 +13,7 @@ import torch
 from cli_tools import PAIRS, make_model, make_tokenizer
 from rich.console import Console
 
-from losia_pro import LosiaConfig
-from losia_pro.cli import job, memory, options, values
+from losia_pro.cli import job, memory
 from losia_pro.cli.batches import Collate
 from losia_pro.cli.data import Data, Record
 from losia_pro.cli.encode import IGNORE, encode
@@ -156,54 +154,7 @@ def test_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch):
     assert job.choose_precision("fp16", gpu) == "fp16"
 
 
-# --- flags -----------------------------------------------------------------------------------------
-
-
-def test_rates_by_method_override_one_for_all():
-    rates = values.learning_rates("1e-3, lora=3e-3")
-    assert rates == {"losia-pro": 1e-3, "losia": 1e-3, "lora": 3e-3, "full": 1e-3}
-    resolved = options.resolve({"model": "m", "data": "d", "lr": {"full": 0.5}})
-    assert resolved.lr == {"losia-pro": 3.5, "losia": 3.5, "lora": 2e-4, "full": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "rate"),
-    [
-        ({}, 1.4e-4),  # 2e-5 (32/3)^0.82
-        ({"rank_factor": 1 / 8}, 6.1e-4),  # 2e-5 64^0.82
-        ({"in_factor": 1 / 64}, 6.1e-4),
-        ({"rank_factor": 1.0}, 2e-5),
-        ({"rank_factor": 1 / 8, "lr": {"losia-pro": 1e-3}}, 1e-3),
-    ],
-)
-def test_subnets_begin_at_the_rate_that_their_share_asks_for(sizes, rate):
-    record = json.loads((ROOT / "benchmarks" / "results" / "quality-26m.json").read_text())
-    assert round(record["rate_rule"]["power"], 2) == options.RATE_POWER
-    assert options.resolve({"model": "m", "data": "d", **sizes}).lr["losia-pro"] == rate
-
-
-def test_a_size_that_cannot_be_is_refused_with_the_flags():
-    with pytest.raises(CliError, match="rank_factor must be in .*, got 0"):
-        options.resolve({"model": "m", "data": "d", "rank_factor": 0.0})
-
-
-def test_target_modules_are_names_or_what_peft_takes_as_one_string():
-    assert values.modules("q_proj, layers.0.mlp.up_proj") == ["q_proj", "layers.0.mlp.up_proj"]
-    for text in ("all-linear", r".*\.layers\.[0-3]\..*", "q_proj|v_proj", "[a,b]_proj"):
-        assert values.modules(text) == text
-
-
-def test_the_main_method_is_not_compared_with_itself():
-    given = {"model": "m", "data": "d", "method": "lora", "compare": ["lora", "full"]}
-    assert options.resolve(given).compare == ["full"]
-    assert values.methods("none") == [] and values.methods("full,lora,full") == ["full", "lora"]
-
-
-def test_paths_of_the_record_hold_from_any_folder(tmp_path, monkeypatch):
-    (tmp_path / "d.jsonl").write_text("")
-    monkeypatch.chdir(tmp_path)
-    resolved = options.resolve({"model": "some/hub-id", "data": "d.jsonl"})
-    assert resolved.data == str(tmp_path / "d.jsonl") and resolved.model == "some/hub-id"
+# --- signals ---------------------------------------------------------------------------------------
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -282,36 +233,6 @@ def test_only_an_interrupted_run_can_be_resumed(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(CliError, match="there is no run|that run is complete"):
         RunFolder.open(tmp_path)
-
-
-def test_differing_flags_are_told_apart_from_equal_ones():
-    recorded = vars(argparse.Namespace(steps=5, compare=["full"], lr={"lora": 1e-3, "full": 1e-4}))
-    assert (
-        options.differing({"steps": 5, "compare": ["full"], "lr": {"lora": 1e-3}}, recorded) == []
-    )
-    assert options.differing({"lr": {"lora": 2e-3}}, recorded)
-    assert options.differing({"seed": 2}, recorded) == ["--seed was None, now 2"]
-
-
-def test_the_examples_learning_rates_are_the_tuned_ones():
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / "example-learning-rates.json"
-    tuned = json.loads(results.read_text())
-    rates = options.JOB["lr"]
-    assert {m: rates[m] for m in tuned["chosen"]} == tuned["chosen"]
-    assert rates["losia"] == rates["losia-pro"]
-    job, settings = {**options.DEFAULTS, **options.JOB}, dict(tuned["settings"])
-    factors = {n: settings.pop(n, None) for n in ("rank_factor", "in_factor", "out_factor")}
-    then, now = LosiaConfig(**factors), LosiaConfig(**{n: job[n] for n in factors})
-    assert (then.n_in(4096), then.n_out(4096)) == (now.n_in(4096), now.n_out(4096))
-    for name, value in settings.items():
-        assert job[name] == value, name
-    for method, chosen in tuned["chosen"].items():
-        runs = [r for r in tuned["runs"] if r["method"] == method]
-        mean = {
-            lr: sum(r["loss"] for r in runs if r["lr"] == lr) / 3 for lr in {r["lr"] for r in runs}
-        }
-        assert min(mean, key=mean.get) == chosen
-        assert min(mean) < chosen < max(mean), "a worse rate on both sides"
 
 
 def test_the_module_is_the_command_line(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -252,11 +253,10 @@ def _write(file: Path, header: Row, rows: list[Row]) -> None:
 
 def _shape(text: str) -> tuple[int, int]:
     """``(in, out)`` of a weight's ``OUTxIN``."""
-    out, _, into = text.partition("x")
-    try:
-        return count(into), count(out)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x11008") from None
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x11008")
+    return count(found[2]), count(found[1])
 
 
 def _counts(text: str) -> list[int]:
