@@ -31,9 +31,7 @@ def calibrate(
         raise ValueError(
             f"groups_at_once must be None, for all, or at least 1, got {groups_at_once}"
         )
-    if not isinstance(
-        batches, Sized
-    ):  # an iterator, which would be at its end after the first groups
+    if not isinstance(batches, Sized):  # an iterator is at its end after the first groups
         batches = list(batches)
     if not batches:
         raise ValueError("calibrate needs at least one batch")

@@ -13,6 +13,7 @@ from test_cli_errors import refused
 from test_trainer_ranks import torchrun
 
 from losia_pro.cli import processes
+from losia_pro.cli.errors import CliError
 
 FLAGS = ("--steps", 12, "--batch-size", 4, "--period", 3, "--rank-factor", 0.25, "--eval-steps", 4)
 FLAGS = (*FLAGS, "--lr", "1e-2")
@@ -107,9 +108,25 @@ def test_all_processes_end_alike_where_the_first_cannot_use_the_folder(tmp_path)
         recipe=None, data="data", method="losia-pro", output=tmp_path, overwrite=False
     )
     for rank in range(2):
-        with pytest.raises(processes.CliError, match="the folder holds another run"):
+        with pytest.raises(CliError, match="the folder holds another run"):
             command._folder(options, None, Together(rank, 2))
     assert said[1] is None
+
+
+def test_a_run_that_does_not_say_was_of_one_process(tmp_path):
+    from losia_pro.cli.finetune import _folder
+    from losia_pro.cli.rundir import RunFolder
+
+    class Two(processes.Processes):
+        def all(self, mine):
+            return [mine, mine]
+
+    older = RunFolder(tmp_path, {"status": "running"})
+    assert _folder(None, older, processes.Processes()) is older
+    with pytest.raises(
+        CliError, match="planned for 1 process, and there are 2; .*losia-pro finetune"
+    ):
+        _folder(None, older, Two(0, 2))
 
 
 def test_processes_that_cannot_meet_are_refused(base, tmp_path, capsys, monkeypatch):
@@ -127,5 +144,5 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(processes.CliError, match="4 processes, but 2 GPUs.*--nproc_per_node 2"):
+    with pytest.raises(CliError, match="4 processes, but 2 GPUs.*--nproc_per_node 2"):
         processes.join(torch.device("cuda", 1))

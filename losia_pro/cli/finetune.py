@@ -14,7 +14,7 @@ from . import options as settings
 from . import recipes
 from .errors import CliError
 from .flags import add_arguments
-from .processes import command, join, leave
+from .processes import Processes, command, join, leave
 from .rundir import RunFolder
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .job import Job
     from .methods import Tuned
-    from .processes import Processes
 
 __all__ = ["add_arguments", "run"]
 
@@ -122,11 +121,11 @@ def _folder(
     if isinstance(folder, CliError):
         raise folder
     assert folder is not None
-    before = folder.record.get("processes", together.size)
-    if before != together.size:
+    before = folder.record.get("processes", 1)  # 1: of before there could be several
+    if folder.record and before != together.size:
         raise CliError(
-            f"--resume {folder.path}: the run's batches were planned for {before} processes, and there are "
-            f"{together.size}; continue it with {_resume(folder.path, before)}"
+            f"--resume {folder.path}: the run's batches were planned for {before} process{'es' * (before > 1)}, and "
+            f"there are {together.size}; continue it with {_resume(folder.path, before)}"
         )
     return folder
 
