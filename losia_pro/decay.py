@@ -83,7 +83,5 @@ def lerp_(
         towards.append(other)
         first += [sharded.rows(subnet).start] if in_parts else []
     for own, towards, first in alike.values():
-        # The kernels take fp32 too, but are not measured in it yet; with impl=None they are used.
-        impl = None if own[0].dtype == torch.bfloat16 else "torch"
         key = rounding.key_of(*numbers, *first)
-        function("lerp_", own[0], impl)(own, towards, weight, key)
+        function("lerp_", own[0], None)(own, towards, weight, key)
