@@ -113,6 +113,37 @@ def test_shares_of_full_fine_tunings_gain():
         assert says in TEXT, says
 
 
+def test_the_harder_tasks():
+    tasks = record("quality-tasks-26m")
+    right = {(r["method"], r["target"]): f"{100 * r['test_exact']:.0f} %" for r in tasks["rows"]}
+
+    def both(method: str) -> str:
+        return f"{right[method, 'order']} and {right[method, 'parens']}"
+
+    says = (
+        f"full fine-tuning is right on {both('full')} of the answers, `LosiaConfig()` on {both('losia-default')}, LoRA "
+        f"with as many trained values on {both('lora-as-3/32x1')}, LoRA of rank 8 on {both('lora-r8')} ("
+    )
+    assert says in TEXT, says
+    missing = f"{tasks['planned'] - tasks['done']} of {tasks['planned']} runs missing"
+    assert missing in TEXT or tasks["complete"], missing
+
+
+def test_groups_of_neurons_by_default():
+    shares = []
+    for mode in MODES[:2]:
+        rows = {r["method"]: r for r in record(f"step-groups-llama2-7b-{mode}-nvidia-h200")["rows"]}
+        shares += [
+            f"{100 * rows[f'losia-pro-default{groups}']['ratio'] - 100:.1f} %"
+            for groups in ("-g16", "")
+        ]
+    says = (
+        "`LosiaConfig(neuron_group=16)` takes {} over the floor where single neurons take {} in the same run, "
+        "and compiled {} where they take {}"
+    ).format(*shares)
+    assert says in TEXT, says
+
+
 def test_studies():
     levers, bound, continual = (
         record(f"quality-{n}-26m") for n in ("levers", "bound", "continual")
