@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
     device = devices.choose(args.device)
     setting, methods = _setting(args), _methods(args)
     if args.study == bound.STUDY:
-        return bound.run(args, setting, device, _targets)
+        return bound.run(args, setting, device, _wanted(args), _targets)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     cores = len(os.sched_getaffinity(0))
     workers = args.workers or (
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
     pool = None if args.dry_run else Pool(workers, setting)
     said = _Clock(begun)
     try:
-        domains, about = corpora.build(setting)
+        domains, about = corpora.build(setting, *_wanted(args))
         targets = _targets(args, domains)
         said(
             f"{', '.join(targets)}: {sum(a['bytes']['train'] for a in about.values() if 'bytes' in a) / 1e6:.0f} MB"
@@ -287,17 +288,24 @@ def _methods(args: argparse.Namespace) -> list[str]:
     return list(args.methods)
 
 
-def _targets(args: argparse.Namespace, domains: dict[str, Any]) -> list[str]:
-    there = [t for t in ORDER if t in domains]
+def _wanted(args: argparse.Namespace) -> tuple[Sequence[str], int]:
+    """Targets to look for, and how many of them are enough."""
     wanted = args.targets or str(TARGETS[args.size])
-    if wanted == "all":
-        return there
-    if wanted.isdigit():
-        return there[: int(wanted)]
+    if wanted == "all" or wanted.isdigit():
+        return ORDER, len(ORDER) if wanted == "all" else int(wanted)
     for name in names(wanted):
-        if name not in there:
-            raise CliError(f"--targets {name}: this machine has {', '.join(there)}")
-    return names(wanted)
+        if name not in ORDER:
+            raise CliError(f"--targets {name}: is none of {', '.join(ORDER)}")
+    return names(wanted), len(names(wanted))
+
+
+def _targets(args: argparse.Namespace, domains: dict[str, Any]) -> list[str]:
+    order, most = _wanted(args)
+    there = [t for t in order if t in domains]
+    if order is not ORDER and len(there) < most:
+        missing = next(t for t in order if t not in domains)
+        raise CliError(f"--targets {missing}: this machine has too little text for it")
+    return there[:most]
 
 
 def _seconds(rows: list[dict[str, Any]], setting: Setting, device: torch.device) -> float:

@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,15 @@ Masks = dict[str, Tensor]
 
 
 def run(
-    args: argparse.Namespace, setting: Setting, device: torch.device, targets_of: Callable[..., list[str]]
-) -> int:  # fmt: skip
+    args: argparse.Namespace,
+    setting: Setting,
+    device: torch.device,
+    wanted: tuple[Sequence[str], int],
+    targets_of: Callable[..., list[str]],
+) -> int:
     """The study's record, and its sentence."""
     begun = time.perf_counter()
-    domains, about = corpora.build(setting)
+    domains, about = corpora.build(setting, *wanted)
     targets = targets_of(args, domains)
     base = model.build(setting, device)
     folder = args.base / corpora.base_digest(setting, about)

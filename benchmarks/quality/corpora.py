@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,29 +39,44 @@ class Part(NamedTuple):
 Domain = dict[str, Part]  # "train", "valid", "test"
 
 
-def build(setting: Setting) -> tuple[dict[str, Domain], dict[str, Any]]:
-    """Every domain that this machine has enough text for, and what was found."""
+def build(
+    setting: Setting, order: Sequence[str], most: int
+) -> tuple[dict[str, Domain], dict[str, Any]]:
+    """The old domain, the first ``most`` of ``order`` that this machine has enough text for, and what was found of
+    each that was looked at."""
     domains: dict[str, Domain] = {}
     about: dict[str, Any] = {}
-    for name, source in sources.TEXTS.items():
-        most = setting.python_bytes if name == sources.PYTHON else setting.target_bytes
-        texts = split(source, most)
-        bytes_ = {part: sum(len(t.encode()) for t in found) for part, found in texts.items()}
-        about[name] = {"files": {p: len(t) for p, t in texts.items()}, "bytes": bytes_}
-        if bytes_["train"] < setting.smallest or not bytes_["valid"] or not bytes_["test"]:
-            about[name]["left_out"] = f"less than {setting.smallest} bytes, or nothing held out"
-            continue
-        domains[name] = {
-            part: windows(found, setting.length, None if part == "train" else setting.held_out)
-            for part, found in texts.items()
-        }
-        if name == sources.PYTHON:
-            for task in tasks.TASKS:
-                domains[task], about[task] = _task(task, texts, setting)
+    texts = split(sources.TEXTS[sources.PYTHON], setting.python_bytes)
+    _add(sources.PYTHON, texts, setting, domains, about)
+    for name in order:
+        if len(domains) > most:
+            break
+        if name not in tasks.TASKS:
+            _add(name, split(sources.TEXTS[name], setting.target_bytes), setting, domains, about)
+        elif sources.PYTHON in domains:
+            domains[name], about[name] = _task(name, texts, setting)
     for name, domain in domains.items():
         about[name]["sha256"] = digest(domain)
         about[name]["rows"] = {part: len(p.rows) for part, p in domain.items()}
     return domains, about
+
+
+def _add(
+    name: str,
+    texts: dict[str, list[str]],
+    setting: Setting,
+    domains: dict[str, Domain],
+    about: dict[str, Any],
+) -> None:
+    bytes_ = {part: sum(len(t.encode()) for t in found) for part, found in texts.items()}
+    about[name] = {"files": {p: len(t) for p, t in texts.items()}, "bytes": bytes_}
+    if bytes_["train"] < setting.smallest or not bytes_["valid"] or not bytes_["test"]:
+        about[name]["left_out"] = f"less than {setting.smallest} bytes, or nothing held out"
+        return
+    domains[name] = {
+        part: windows(found, setting.length, None if part == "train" else setting.held_out)
+        for part, found in texts.items()
+    }
 
 
 def split(source: sources.Source, most: int) -> dict[str, list[str]]:

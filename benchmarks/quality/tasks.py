@@ -74,7 +74,8 @@ def _explicit(node: ast.expr, line: str) -> tuple[str, int]:
             inner, count = _explicit(operand, line)
             return f"({WORDS[type(op)]}{inner})", count + 1
         case _:
-            return ast.get_source_segment(line, node) or "", 0
+            # offsets are of UTF-8; ast.get_source_segment would split the line anew for each
+            return line.encode()[node.col_offset : node.end_col_offset].decode(), 0
     found = [_explicit(part, line) for part in parts]
     pieces = [found[0][0], *(f"{w} {p}" for w, (p, _) in zip(words, found[1:], strict=True))]
     return f"({' '.join(pieces)})", len(words) + sum(count for _, count in found)
