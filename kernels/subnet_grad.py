@@ -7,17 +7,15 @@ single neurons, or 17 MB, 4 us, of aligned runs.
 
 The shape: a tiled product whose sum runs over tokens. Both operands lie token-major, so a tile of either is
 loaded as BLOCK_K tokens x columns, and the product transposes the first. n_out x n_in is small (512 x 512)
-and T long, so the tokens are split over SPLIT programs a tile to fill the device. Each writes its partial sum in
-fp32 and counts itself in; the one that finds all others there adds the sums up, in the order of the splits: one
-launch, and the same bits every run.
+and T long, so the tokens are split over SPLIT programs a tile to fill the device; each writes its partial sum
+in fp32, and `sum_splits_kernel` adds them in a fixed order: no atomics, the same bits every run. Letting the last
+program of a tile add them up, in one launch, took 1.0 to 1.45 times as long on an H200, since it reads the parts alone.
 
-That last program reads 4 SPLIT BLOCK_M BLOCK_N bytes alone, at 64 a clock at best, 0.1 MB a us. Of 512 x 512 on 132
-processors that is 512 KiB (8 splits) in tiles of 64 x 256 or 128 x 128, 128 KiB (4) in 64 x 128 and 32 KiB (2) in
-64 x 64, while the operands are 80, 64, 96 and 128 MiB from L2 to all processors together. So `_tiles` takes the widest
-tile of which the last program reads LAST_BYTES at most, and `_split_tokens` makes fewer splits where there is none.
-
-Of fp32 operands, BLOCK_K terms are summed at a time and their sums added up: one chain of many multiply-adds errs more
-than a library's product does.
+The processors are filled once: with one program each, or with PROGRAMS of fp32 operands, whose steps have only other
+programs of their processor to hide their waits behind. So the parts take 4 BLOCK_M BLOCK_N bytes a program at most, in
+the tiles of `_tiles` 9 MB on 132 processors, however many tokens there are. Of fp32 operands, BLOCK_K terms are summed
+at a time and their sums added up: one chain of many multiply-adds errs more than a library's product does, and with
+short chains no split has to be short.
 
 Three ways to dy's columns, each where it was the fastest on an H200:
 - aligned runs (GROUP > 1) are gathered inside the product, in 16-byte loads that the compiler pipelines;
@@ -33,8 +31,6 @@ consumer GPU has 99 KiB in all.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -42,13 +38,12 @@ from torch import Tensor
 
 from ..splits import gathering_pays
 from ..torch_ops import check_operands, product
-from .counters import counters
 from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64
 from .tiles import Device, Tiles, device_of, fitting, load_tile, operand
 from .tuned import lookup
 
-LAST_BYTES = 256 * 1024  # 2.5 us; to have more splits measured, raise it
+PROGRAMS = 4  # a processor's, of fp32 operands
 
 
 @triton.jit
@@ -56,13 +51,10 @@ def subnet_grad_kernel(
     dy_ptr,  # (T, out)
     x,  # (T, N): as load_tile takes it
     idx_ptr,  # (M,) int64: columns of dy, in aligned runs of GROUP
-    out_ptr,  # (M, N) contiguous
-    parts_ptr,  # (tiles, SPLIT, BLOCK_M, BLOCK_N) fp32; None where there is one split
-    arrived_ptr,  # (tiles,) int32: zeros, and again at the end; likewise
+    out_ptr,  # (SPLIT, M, N) contiguous
     T,
     M,
     N,
-    SPLIT,
     T_SPLIT,  # tokens each split sums over, a multiple of BLOCK_K
     stride_dt,
     stride_dc,
@@ -76,10 +68,10 @@ def subnet_grad_kernel(
     BULK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    tile, split = tl.program_id(0), tl.program_id(1)
+    split = tl.program_id(1)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    m0 = (tile // blocks_n) * BLOCK_M
-    n0 = (tile % blocks_n) * BLOCK_N
+    m0 = (tl.program_id(0) // blocks_n) * BLOCK_M
+    n0 = (tl.program_id(0) % blocks_n) * BLOCK_N
     m, n, k = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     M = M // GROUP * GROUP  # tells the compiler that masks change between runs only
     column = tl.load(idx_ptr + m, mask=m < M, other=0)
@@ -107,22 +99,21 @@ def subnet_grad_kernel(
             acc += tl.dot(tl.trans(a), b, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
         else:
             acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
-    out = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    inside = (m[:, None] < M) & (n[None, :] < N)
-    if parts_ptr is None:
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        part = parts_ptr + tile * SPLIT * SIZE + within
-        tl.store(part + split * SIZE, acc)
-        tl.debug_barrier()  # all threads have stored before one counts
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for s in tl.range(SPLIT, loop_unroll_factor=4):  # as many reads under way
-                total += tl.load(part + s * SIZE, cache_modifier=".cg")  # past L1
-            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(arrived_ptr + tile, 0)
+    row = split.to(tl.int64) * M + m
+    out = out_ptr + row[:, None] * N + n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def sum_splits_kernel(parts_ptr, out_ptr, numel, SPLIT, BLOCK: tl.constexpr):
+    """out[i] = sum_s parts[s, i], in the order of s."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = parts_ptr + i
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(SPLIT):
+        acc += tl.load(part, mask=i < numel, other=0.0)
+        part += numel
+    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < numel)
 
 
 def subnet_grad(
@@ -159,33 +150,26 @@ def subnet_grad(
     if not fused:
         return product(dy if whole else gather_columns(dy, out_idx, group), x_sub, out_dtype)
     device = device_of(dy.device)
-    tiles = Tiles(*(tuned or _tiles(dy.dtype, n_out, n_in, device)))
-    blocks = _blocks(n_out, n_in, tiles)
-    # fp32's steps have only other programs of their processor to hide their waits behind.
-    programs = device.processors * (4 if dy.dtype == torch.float32 else 1)
-    split_tokens = _split_tokens(tokens, blocks, tiles, programs)
+    tiles = Tiles(*(tuned or _tiles(dy.dtype, n_in, device)))
+    blocks = triton.cdiv(n_out, tiles.m) * triton.cdiv(n_in, tiles.n)
+    programs = device.processors * (PROGRAMS if dy.dtype == torch.float32 else 1)
+    split_tokens = _split_tokens(tokens, blocks, tiles.k, programs)
     splits = triton.cdiv(tokens, split_tokens)
     # Triton's interpreter truncates to bf16 instead of rounding: let PyTorch round there.
     store_dtype = torch.float32 if INTERPRETED else out_dtype
     out = torch.empty(n_out, n_in, dtype=store_dtype, device=dy.device)
-    parts: Tensor | None = None
-    arriving: AbstractContextManager[Tensor | None] = nullcontext()
+    parts = out
     if splits > 1:
-        shape = blocks, splits, tiles.m, tiles.n
-        parts = torch.empty(shape, dtype=torch.float32, device=dy.device)
-        arriving = counters(blocks, dy.device)
-    with torch.cuda.device_of(dy), arriving as arrived:
+        parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
         subnet_grad_kernel[(blocks, splits)](
             dy,
             operand(x_sub, tiles.k, tiles.n, device.bulk),
             out_idx.contiguous(),
-            out,
             parts,
-            arrived,
             tokens,
             n_out,
             n_in,
-            splits,
             split_tokens,
             *dy.stride(),
             *x_sub.stride(),
@@ -199,23 +183,21 @@ def subnet_grad(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
+        if splits > 1:
+            sum_splits_kernel[(triton.cdiv(out.numel(), 1024),)](
+                parts, out, out.numel(), splits, BLOCK=1024
+            )
     return out.to(out_dtype)
 
 
-def _tiles(dtype: torch.dtype, n_out: int, n_in: int, device: Device) -> Tiles:
-    """The widest tile that is not half empty and of which the last program has little to read. fp32 has no matrix
-    units in IEEE precision, so fewer outputs a program; so too where shared memory is small."""
+def _tiles(dtype: torch.dtype, n_in: int, device: Device) -> Tiles:
+    """The fastest tile of those tried on an H200, and smaller ones where shared memory is small. fp32 has no
+    matrix units in IEEE precision, so fewer outputs a program."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 3)
-    wide = [Tiles(64, 256, 64, 8, 4), Tiles(64, 128, 64, 8, 4)]  # warps: reads under way
-    narrow = Tiles(64, 64, 64, 4, 4)
     if device.memory < 160 * 1024:  # sm_86, sm_89, sm_120
-        wide, narrow = [Tiles(64, 128, 64, 4, 3)], Tiles(64, 64, 64, 4, 3)
-    for tiles in wide:
-        splits = device.processors // _blocks(n_out, n_in, tiles)
-        if 2 * n_in > tiles.n and splits <= _most_splits(tiles):
-            return tiles
-    return narrow
+        return Tiles(64, 64, 64, 4, 3) if n_in <= 64 else Tiles(64, 128, 64, 4, 3)
+    return Tiles(64, 256, 64, 8, 4) if n_in > 128 else Tiles(64, 128, 64, 4, 4)
 
 
 def candidates(dtype: torch.dtype, device: Device) -> list[Tiles]:
@@ -239,16 +221,7 @@ def candidates(dtype: torch.dtype, device: Device) -> list[Tiles]:
     return fitting(shapes, dtype, device)
 
 
-def _blocks(n_out: int, n_in: int, tiles: Tiles) -> int:
-    return -(-n_out // tiles.m) * -(-n_in // tiles.n)
-
-
-def _most_splits(tiles: Tiles) -> int:
-    """Of which the last program reads no more than LAST_BYTES."""
-    return max(1, LAST_BYTES // (4 * tiles.m * tiles.n))
-
-
-def _split_tokens(tokens: int, blocks: int, tiles: Tiles, programs: int) -> int:
+def _split_tokens(tokens: int, blocks: int, block_k: int, programs: int) -> int:
     """Tokens per split: as many splits as make ``programs`` in all, of at least 4 steps each."""
-    splits = min(programs // blocks, tokens // (4 * tiles.k), _most_splits(tiles))
-    return -(-tokens // (max(1, splits) * tiles.k)) * tiles.k
+    splits = max(1, min(programs // blocks, tokens // (4 * block_k)))
+    return -(-tokens // (splits * block_k)) * block_k

@@ -16,7 +16,7 @@ def gathering_pays(n_out: int, n_in: int) -> bool:
 def split_tokens(tokens: int, tiles: int, step: int, processors: int) -> int:
     """Tokens that a block sums over, a multiple of ``step`` and at least four, at the least cost: each of ``tiles``
     is one block for every so many tokens, and a processor has one block at a time. For csrc/subnet_grad.cu; Triton's
-    product, of which the last program of a tile adds the parts up alone, makes fewer parts.
+    product fills the processors once.
 
     In times of a step, half of a microsecond on an H200, all of them estimates: a wave of blocks takes its steps,
     and 4 more to begin and to end; a sum of the parts takes 5, and one more for every 16 of them.
