@@ -1,6 +1,6 @@
 // The kernels' entry points: raw device pointers, sizes and strides, a stream; no torch, so one build serves every
-// version of it. Each returns the launch's error and never synchronises. Products are the library's, but for the one
-// that gathers an operand: these are the memory-bound parts around them.
+// version of it. Each returns the launch's error and never synchronises. Products are the library's: these are the
+// memory-bound parts around them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,23 +16,6 @@ enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2, fp64 = 3 };
 // rows of x and of out that begin at multiples of 16, and columns that are neighbours in memory.
 cudaError_t gather_columns(const void* x, const int64_t* in_idx, void* out, int64_t tokens, int64_t n_in,
                            int64_t stride_t, int64_t stride_c, int unit, int step, cudaStream_t stream);
-
-// out[m, n] = sum_t dy[t, out_idx[m]] x_sub[t, n], summed in fp32, for sm_80 and newer. dtype is bf16 or fp16, out_dtype
-// those or fp32. n_out columns come in aligned runs of a multiple of 8, n_in is one too; rows of dy and x_sub begin at
-// multiples of 16 bytes, stride_dt and stride_xt bytes apart, their columns neighbours; out is (n_out, n_in) contiguous.
-// Every split_tokens tokens, a multiple of GRAD_STEP, are summed apart, into parts (splits, n_out, n_in) where that
-// makes more than one.
-struct SubnetGrad {
-  const void *dy, *x_sub;
-  const int64_t* out_idx;
-  float* parts;
-  void* out;
-  int64_t tokens, n_out, n_in, split_tokens, stride_dt, stride_xt;
-  Dtype dtype, out_dtype;
-};
-constexpr int GRAD_TILE = 128;  // columns of both operands that a block multiplies
-constexpr int GRAD_STEP = 64;   // tokens that it takes at a time
-cudaError_t subnet_grad(const SubnetGrad& grad, cudaStream_t stream);
 
 // One optimizer step of a profiled layer's rows: g = scale (product + grad), I = importance of (g, weight), then
 // importance = beta1 importance + (1 - beta1) I, uncertainty = beta2 uncertainty + (1 - beta2) |I - importance|.

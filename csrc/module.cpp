@@ -33,17 +33,6 @@ void gather_columns(uintptr_t x, uintptr_t in_idx, uintptr_t out, int64_t tokens
                               n_in, stride_t, stride_c, unit, step, pointer<CUstream_st>(stream)));
 }
 
-void subnet_grad(uintptr_t dy, uintptr_t x_sub, uintptr_t out_idx, uintptr_t parts, uintptr_t out, int64_t tokens,
-                 int64_t n_out, int64_t n_in, int64_t split_tokens, int64_t stride_dt, int64_t stride_xt, int dtype,
-                 int out_dtype, int device, uintptr_t stream) {
-  use(device);
-  const losia::SubnetGrad grad{
-      pointer<const void>(dy), pointer<const void>(x_sub), pointer<const int64_t>(out_idx), pointer<float>(parts),
-      pointer<void>(out), tokens, n_out, n_in, split_tokens, stride_dt, stride_xt, losia::Dtype(dtype),
-      losia::Dtype(out_dtype)};
-  check("subnet_grad", losia::subnet_grad(grad, pointer<CUstream_st>(stream)));
-}
-
 void importance_update(uintptr_t importance, uintptr_t uncertainty, uintptr_t weight, uintptr_t product,
                        uintptr_t grad, int64_t rows, int64_t columns, int64_t weight_stride_r,
                        int64_t weight_stride_c, float beta1, float rest1, float beta2, float rest2, float scale,
@@ -85,13 +74,10 @@ void lerp(uintptr_t tensors, uintptr_t weight, uintptr_t parts, int64_t n_parts,
 PYBIND11_MODULE(_cuda, m) {
   m.attr("ARCHS") = LOSIA_CUDA_ARCHS;  // as CMake names them: 80-real is machine code alone, 120 with PTX too
   m.attr("TOOLKIT") = CUDART_VERSION;
-  m.attr("GRAD_TILE") = losia::GRAD_TILE;
-  m.attr("GRAD_STEP") = losia::GRAD_STEP;
   m.attr("PART") = losia::PART;
   m.attr("ADAMW_PART") = losia::ADAMW_PART;
   m.attr("LERP_PART") = losia::LERP_PART;
   m.def("gather_columns", &gather_columns);
-  m.def("subnet_grad", &subnet_grad);
   m.def("importance_update", &importance_update);
   m.def("write_back", &write_back);
   m.def("adamw", &adamw);

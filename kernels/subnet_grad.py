@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..splits import gathering_pays
+from ..gathering import gathering_pays
 from ..torch_ops import check_operands, product
 from .gather_columns import gather_columns, hardware_run
 from .indexing import INTERPRETED, needs_int64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
-from .splits import SHORT, gathering_pays, split_tokens
 from .tables import adamw_tables, lerp_tables, tables
 
 try:
@@ -95,8 +93,7 @@ def _step(group: int, element: int) -> int:
 def subnet_grad(
     dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, group: int = 1
 ) -> Tensor:
-    """``dy[:, Y_S]^T x_S`` with fp32 accumulation, the same bits every run: of many tokens of long runs in one
-    kernel, else this module's gather and the library's product.
+    """``dy[:, Y_S]^T x_S`` with fp32 accumulation: this module's gather, and the library's product.
 
     ``dy`` ``(T, out)``, ``x_sub`` ``(T, n_in)``, ``out_idx`` ``(n_out,)`` int64, in aligned runs of ``group``;
     where that is the number of ``dy``'s columns, all are chosen, in order. Result ``(n_out, n_in)`` in
@@ -106,50 +103,8 @@ def subnet_grad(
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
     """
     torch_ops.check_operands("cuda", dy, x_sub, out_dtype)
-    if group == dy.shape[1]:
-        return torch_ops.product(dy, x_sub, out_dtype)
-    n_out, n_in = out_idx.shape[0], x_sub.shape[1]
-    long = dy.shape[0] > SHORT and n_in > 0 and gathering_pays(n_out, n_in)
-    units = group % 8 == 0 and n_in % 8 == 0 and _in_units(dy) and _in_units(x_sub)
-    if long and units and (processors := _processors(dy.device)):
-        return _fused(dy, x_sub, out_idx.contiguous(), out_dtype, processors)
-    return torch_ops.product(gather_columns(dy, out_idx, group), x_sub, out_dtype)
-
-
-def _in_units(t: Tensor) -> bool:
-    """Whether rows are 2-byte elements, one after the other, that begin at multiples of 16 bytes."""
-    neighbours = t.element_size() == 2 and t.stride(1) == 1
-    return neighbours and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """How many processors the device has for the product that gathers; none before compute capability 8.0, or
-    where the module runs by code for such devices."""
-    newer = ",".join(arch for arch in archs().split(",") if int(arch.partition("-")[0]) >= 80)
-    properties = torch.cuda.get_device_properties(device)
-    able = newer and runs_on(newer, properties.major * 10 + properties.minor)
-    return properties.multi_processor_count if able else 0
-
-
-def _fused(
-    dy: Tensor, x_sub: Tensor, out_idx: Tensor, out_dtype: torch.dtype, processors: int
-) -> Tensor:
-    """csrc/subnet_grad.cu, which says what it takes."""
-    (tokens, n_in), n_out, tile = x_sub.shape, out_idx.shape[0], _cuda.GRAD_TILE
-    tiles = -(-n_out // tile) * -(-n_in // tile)
-    split = split_tokens(tokens, tiles, _cuda.GRAD_STEP, processors)
-    out = torch.empty(n_out, n_in, dtype=out_dtype, device=dy.device)
-    parts = None
-    if split < tokens:
-        splits = -(-tokens // split)
-        parts = torch.empty(splits, n_out, n_in, dtype=torch.float32, device=dy.device)
-    addresses = (0 if t is None else t.data_ptr() for t in (dy, x_sub, out_idx, parts, out))
-    strides = 2 * dy.stride(0), 2 * x_sub.stride(0)
-    dtypes = DTYPES[dy.dtype], DTYPES[out_dtype]
-    sizes = tokens, n_out, n_in, split
-    _launch(_cuda.subnet_grad, dy.device, *addresses, *sizes, *strides, *dtypes)
-    return out
+    chosen = dy if group == dy.shape[1] else gather_columns(dy, out_idx, group)
+    return torch_ops.product(chosen, x_sub, out_dtype)
 
 
 def importance_update_(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .splits import SHORT
+from .gathering import SHORT
 
 IMPLS = ("torch", "triton", "cuda")
 

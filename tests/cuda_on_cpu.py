@@ -24,8 +24,6 @@ class Kernels(types.ModuleType):
     """What csrc/ computes, on the CPU and from the same arguments: addresses, sizes, strides."""
 
     ARCHS = "75-real,80-real,86-real,90-real,120"
-    GRAD_TILE = 128
-    GRAD_STEP = 64
     PART = 32
     ADAMW_PART = 64
     LERP_PART = 48
@@ -35,7 +33,6 @@ class Kernels(types.ModuleType):
         super().__init__("losia_pro._cuda")
         self.units: list[int] = []
         self.rows: list[int] = []
-        self.splits: list[int] = []
 
     def gather_columns(
         self, x, in_idx, out, tokens, n_in, stride_t, stride_c, unit, step, device, stream
@@ -49,31 +46,6 @@ class Kernels(types.ModuleType):
                 target = out + (t * units + j) * unit
                 assert source % unit == target % unit == 0
                 ctypes.memmove(target, source, unit)
-
-    def subnet_grad(
-        self, dy, x_sub, out_idx, parts, out, tokens, n_out, n_in, split_tokens, stride_dt, stride_xt,
-        dtype, out_dtype, device, stream,
-    ):  # fmt: skip
-        assert (device, stream) == (0, 7) and split_tokens % self.GRAD_STEP == 0
-        assert (dy | x_sub | stride_dt | stride_xt) % 16 == 0
-        idx = memory(out_idx, n_out, torch.int64)
-        a, b = (
-            memory(p, (tokens - 1) * stride // 2 + width, self.DTYPES[dtype])
-            .as_strided((tokens, width), (stride // 2, 1))
-            .float()
-            for p, stride, width in ((dy, stride_dt, int(idx.max()) + 1), (x_sub, stride_xt, n_in))
-        )
-        sums = [
-            a[t : t + split_tokens, idx].T @ b[t : t + split_tokens]
-            for t in range(0, tokens, split_tokens)
-        ]
-        self.splits.append(len(sums))
-        if len(sums) > 1:
-            memory(parts, len(sums) * n_out * n_in, torch.float32).copy_(
-                torch.stack(sums).flatten()
-            )
-        result = memory(out, n_out * n_in, self.DTYPES[out_dtype])
-        result.copy_(torch.stack(sums).sum(0).flatten())
 
     def importance_update(
         self, importance, uncertainty, weight, product, grad, rows, columns, stride_r, stride_c,
@@ -170,7 +142,6 @@ def cuda_ops_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleTyp
     module = Kernels()
     wrapper = load(monkeypatch, module)
     monkeypatch.setattr(wrapper, "_launch", lambda kernel, device, *rest: kernel(*rest, 0, 7))
-    monkeypatch.setattr(wrapper, "_processors", lambda device: 132)
     wrapper.kernels = module
     yield wrapper
     sys.modules.pop("losia_pro._cuda_ops", None)

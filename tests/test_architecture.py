@@ -21,6 +21,7 @@ PACKAGE = ROOT / "losia_pro"
 FLOORS: list[tuple[str, ...]] = [
     (
         "config",
+        "gathering",
         "guard",
         "localize",
         "reference",
@@ -29,7 +30,6 @@ FLOORS: list[tuple[str, ...]] = [
         "schedule",
         "sharded",
         "shared",
-        "splits",
         "tables",
     ),
     ("base", "selection"),

@@ -102,6 +102,16 @@ def test_gather_columns_moves_runs_16_bytes_at_a_time_where_they_are_aligned(
     assert cuda_ops.kernels.units == [16 if wide else dtype.itemsize]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("group", [1, 4, 24])
+def test_subnet_grad_is_the_product_of_what_was_gathered(cuda_ops, group, dtype):
+    dy, x_sub = torch.randn(9, 24).to(dtype), torch.randn(9, 5).to(dtype)
+    idx = torch.arange(24) if group == 24 else torch.tensor([4, 5, 6, 7, 16, 17, 18, 19])
+    ours = cuda_ops.subnet_grad(dy, x_sub, idx, torch.float32, group)
+    assert torch.equal(ours, torch_ops.product(dy[:, idx], x_sub, torch.float32))
+    assert len(cuda_ops.kernels.units) == (group != 24)
+
+
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -1,0 +1,10 @@
+"""Where a product that gathers aligned runs itself, as Triton's does, takes less than a gather and the library's."""
+
+from __future__ import annotations
+
+SHORT = 2048  # tokens, of which at most a gather and the library's product take no longer
+
+
+def gathering_pays(n_out: int, n_in: int) -> bool:
+    """Whether such a product took less on an H200, of more than SHORT tokens."""
+    return n_out >= 128 and n_in <= 1024
