@@ -32,7 +32,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "adamw_": ("cuda", "triton", "torch"),  # no op of torch.ops: an optimizer's step is not traced
     "lerp_": ("cuda", "triton", "torch"),  # nor is what follows it
 }
-RUNS = {"subnet_grad": ("triton", "cuda", "torch")}  # of aligned runs, for more than SHORT tokens
+# Which answers instead: of aligned runs for more than SHORT tokens, and of a weight of at most SMALL entries, which are
+# too few large tiles for Triton. On an H200, 2048 x 256 takes Triton 40.7 us and CUDA 19.9 for 8192 tokens, 8.8 and
+# 7.6 for 512; 4096 x 1024 takes them 98.3 and 102 for 8192. SMALL lies between the two.
+SPECIAL = {
+    "subnet_grad": ("triton", "cuda", "torch"),
+    "importance_update_": ("cuda", "triton", "torch"),
+}
+SMALL = 2**20
 # No kernel of theirs takes fp64; "torch" does.
 NOT_IN_FP64 = ("subnet_grad", "importance_update_", "lerp_")
 
@@ -69,10 +76,10 @@ def explain(op: str, device: torch.device | str) -> list[tuple[str, bool, str]]:
 
 
 def resolve(
-    op: str, device: torch.device | str, impl: str | None = None, runs: bool = False
+    op: str, device: torch.device | str, impl: str | None = None, special: bool = False
 ) -> str:
-    """The implementation that answers ``op`` on ``device``, for many tokens of aligned runs or not; see the
-    module's docstring.
+    """The implementation that answers ``op`` on ``device``, for operands of SPECIAL or not; see the module's
+    docstring.
 
     Raises:
         ValueError: ``impl`` is no implementation's name.
@@ -83,7 +90,7 @@ def resolve(
     if asked is None:
         if device.type != "cuda":
             return "torch"
-        order = RUNS.get(op, PREFERENCE[op]) if runs else PREFERENCE[op]
+        order = SPECIAL.get(op, PREFERENCE[op]) if special else PREFERENCE[op]
         return next(i for i in order if not _why_not(op, device, i))
     if asked not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {asked!r}")
@@ -105,10 +112,13 @@ def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
     )
 
 
-def function(op: str, like: Tensor, impl: str | None, group: int = 1) -> Callable[..., Tensor]:
-    """The function that answers for operands like ``like``: of its device, dtype and number of tokens."""
-    runs = group > 1 and like.shape[0] > SHORT
-    return _chosen(op, like.device, impl, like.dtype == torch.float64, runs, IMPL)
+def function(
+    op: str, like: Tensor, impl: str | None, group: int = 1, entries: int | None = None
+) -> Callable[..., Tensor]:
+    """The function that answers for operands like ``like``, of its device, dtype and number of tokens: for runs of
+    ``group``, or for a weight of so many ``entries``."""
+    special = group > 1 and like.shape[0] > SHORT if entries is None else entries <= SMALL
+    return _chosen(op, like.device, impl, like.dtype == torch.float64, special, IMPL)
 
 
 @functools.cache
@@ -117,13 +127,13 @@ def _chosen(
     device: torch.device,
     impl: str | None,
     double: bool,
-    runs: bool,
+    special: bool,
     everywhere: str | None,
 ) -> Callable[..., Tensor]:
     """Looked up once, because asking a device what it can do takes its time."""
     if double and impl is None and op in NOT_IN_FP64:
         impl = "torch"
-    chosen = resolve(op, device, impl, runs)
+    chosen = resolve(op, device, impl, special)
     module = torch_ops if chosen == "torch" else _module(chosen)[0]
     return getattr(module, op)  # type: ignore[no-any-return]
 

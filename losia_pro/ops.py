@@ -133,7 +133,7 @@ def _importance_update_(
             raise ValueError(f"{what} must be (out, in) = {shape}, got {tuple(t.shape)}")
     if variant not in reference.VARIANTS:
         raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
-    update = function("importance_update_", dy, impl)
+    update = function("importance_update_", dy, impl, entries=weight.numel())
     update(importance, uncertainty, weight, dy, x, grad, beta1, beta2, variant, scale)
 
 

@@ -153,6 +153,50 @@ def test_fp64_is_left_to_torch_where_no_kernel_takes_it(op, monkeypatch):
     assert chosen(op, cuda, None, False, False, None) == dispatch.PREFERENCE[op][0]
 
 
+def subnet_grad_of(tokens: int, group: int) -> None:
+    dy = torch.randn(tokens, 4)
+    OPS.subnet_grad(dy, dy, torch.tensor([2, 3]), group=group)
+
+
+def importance_update_of(out: int, into: int) -> None:
+    kept = torch.zeros(out, into)
+    dy, x = torch.randn(3, out), torch.randn(3, into)
+    OPS.importance_update_(kept, kept.clone(), kept.clone(), dy, x, None, 0.8, 0.8, "first")
+
+
+@pytest.mark.parametrize(
+    ("call", "size", "impl"),
+    [
+        (subnet_grad_of, (2049, 2), "triton"),
+        (subnet_grad_of, (2048, 2), "cuda"),
+        (subnet_grad_of, (2049, 1), "cuda"),
+        (importance_update_of, (256, 2048), "cuda"),
+        (importance_update_of, (1024, 1024), "cuda"),
+        (importance_update_of, (1024, 4096), "triton"),
+    ],
+)
+def test_sizes_decide_what_answers_by_default_on_a_gpu(call, size, impl, monkeypatch):
+    """Where both can run: of many tokens of runs Triton, of a small weight CUDA."""
+    answered, chosen = [], dispatch._chosen.__wrapped__
+
+    def module(impl):
+        def answer(dy, *rest):
+            answered.append(impl)
+            return torch.zeros(2, 4)
+
+        return SimpleNamespace(subnet_grad=answer, importance_update_=answer), ""
+
+    def on_a_gpu(op, device, *rest):
+        return chosen(op, torch.device("cuda:0"), *rest)
+
+    monkeypatch.setattr(dispatch, "IMPL", None)
+    monkeypatch.setattr(dispatch, "_why_not", lambda *_: "")
+    monkeypatch.setattr(dispatch, "_module", module)
+    monkeypatch.setattr(dispatch, "_chosen", on_a_gpu)
+    call(*size)
+    assert answered == [impl]
+
+
 def arguments(op: str) -> tuple[object, ...]:
     idx = torch.tensor([0, 2])
     weight, dy, x = torch.randn(5, 6), torch.randn(4, 5), torch.randn(4, 6)
