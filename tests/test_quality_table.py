@@ -11,9 +11,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import record, settings, table
+from benchmarks.quality import choice, corpora, record, settings, sources, table
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plan import FIRST_SEEDS
+
+from losia_pro.cli.errors import CliError
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -75,12 +77,12 @@ def test_a_record_without_all_final_runs_makes_no_table():
 def test_the_plain_command_trains_the_tables_methods():
     args = command.parser().parse_args([])
     assert command._methods(args) == table.METHODS and set(table.METHODS) < set(METHODS)
-    assert command._targets(args, dict.fromkeys(command.ORDER)) == list(command.ORDER[:5])
+    assert choice.targets(args, choice.ORDER) == list(choice.ORDER[:5])
     assert (args.size, args.budget, args.seeds) == ("26m", 3000.0, 5)
     assert args.budget + 600 <= 3600  # with its start, an hour
     args = command.parser().parse_args("--tiers 3 --size toy --targets all".split())
     assert command._methods(args) == [m for m in METHODS if METHODS[m].tier == 3]
-    assert command._targets(args, {"docs": 0, "cpp": 0}) == ["cpp", "docs"]
+    assert choice.targets(args, {"docs", "cpp"}) == ["cpp", "docs"]
 
 
 def test_the_table_of_the_readme_is_the_recorded_one_and_one_commands():
@@ -98,6 +100,29 @@ def test_the_table_of_the_readme_is_the_recorded_one_and_one_commands():
     assert head["study"] is None
     assert min(row["n"] for row in json.loads(RECORD.read_text())["rows"]) > FIRST_SEEDS
     assert set(plan["methods"]) == set(table.METHODS)
-    assert plan["targets"] == command._targets(args, dict.fromkeys(command.ORDER))
+    assert plan["targets"] == choice.targets(args, choice.ORDER)
     assert (plan["seeds"], plan["tuning_seeds"]) == (args.seeds, args.tuning_seeds)
     assert head["setting"] == settings.dataclasses.asdict(command._setting(args))
+
+
+def test_a_target_that_the_machine_lacks_is_refused_and_none_but_those_asked_for_are_looked_for():
+    args = command.parser().parse_args("--targets docs,man --size toy".split())
+    assert choice.wanted(args) == (["docs", "man"], 2)
+    assert choice.targets(args, {"man", "docs", "cpp"}) == ["docs", "man"]
+    with pytest.raises(CliError, match="--targets man: this machine has too little text for it"):
+        choice.targets(args, {"docs"})
+
+
+def test_only_the_text_of_the_wanted_targets_is_read(monkeypatch):
+    read = []
+    text = {"train": ["x" * 60_000], "valid": ["y" * 1_000], "test": ["z" * 1_000]}
+    monkeypatch.setattr(
+        corpora, "split", lambda source, most: read.append(source) or dict.fromkeys(text, [])
+    )
+    domains, about = corpora.build(settings.SIZES["toy"], ["cpp"], 1)
+    assert read == [sources.TEXTS[sources.PYTHON], sources.TEXTS["cpp"]]
+    assert domains == {} and set(about) == {sources.PYTHON, "cpp"}
+    read.clear()
+    monkeypatch.setattr(corpora, "split", lambda source, most: read.append(source) or text)
+    domains, _ = corpora.build(settings.SIZES["toy"], choice.ORDER, 1)
+    assert set(domains) == {sources.PYTHON, "cpp"} and len(read) == 2

@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,24 @@ from losia_pro.cli.errors import CliError
 from losia_pro.cli.values import count, names, positive
 
 from . import __doc__ as description
-from . import analysis, bound, corpora, model, mps, period_data, rates, record, studies, table
+from . import (
+    analysis,
+    bound,
+    choice,
+    corpora,
+    model,
+    mps,
+    period_data,
+    rates,
+    record,
+    studies,
+    table,
+)
 from .methods import METHODS
 from .plan import BASE, Job, Plan, choose
 from .pool import Place, Pool
 from .settings import SIZES, TARGETS, WORKERS, Setting
 
-ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs", "order", "parens")
 CONTINUAL = "continual"  # the study that tunes to all targets, one after another
 SEQUENCE = (
     "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-default".split()
@@ -58,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--base", type=Path, default=Path("runs/quality-base"), metavar="DIR", help="where base models are kept"
     )  # fmt: skip
     p.add_argument(
-        "--targets", metavar="A,B or N", help=f"all, or the first N that there are of {', '.join(ORDER)}; "
+        "--targets", metavar="A,B or N", help=f"all, or the first N that there are of {', '.join(choice.ORDER)}; "
         f"default {', '.join(f'{n} ({size})' for size, n in TARGETS.items())}"
     )  # fmt: skip
     p.add_argument(
@@ -144,7 +154,7 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
     device = devices.choose(args.device)
     setting, methods = _setting(args), _methods(args)
     if args.study == bound.STUDY:
-        return bound.run(args, setting, device, _wanted(args), _targets)
+        return bound.run(args, setting, device)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     cores = len(os.sched_getaffinity(0))
     workers = args.workers or (
@@ -153,8 +163,8 @@ def run(args: argparse.Namespace, begun: float, folder: Path, sharing: str) -> i
     pool = None if args.dry_run else Pool(workers, setting)
     said = _Clock(begun)
     try:
-        domains, about = corpora.build(setting, *_wanted(args))
-        targets = _targets(args, domains)
+        domains, about = corpora.build(setting, *choice.wanted(args))
+        targets = choice.targets(args, domains)
         said(
             f"{', '.join(targets)}: {sum(a['bytes']['train'] for a in about.values() if 'bytes' in a) / 1e6:.0f} MB"
         )
@@ -286,26 +296,6 @@ def _methods(args: argparse.Namespace) -> list[str]:
         if name not in METHODS:
             raise CliError(f"--methods {name}: is none of {', '.join(TABLE)}")
     return list(args.methods)
-
-
-def _wanted(args: argparse.Namespace) -> tuple[Sequence[str], int]:
-    """Targets to look for, and how many of them are enough."""
-    wanted = args.targets or str(TARGETS[args.size])
-    if wanted == "all" or wanted.isdigit():
-        return ORDER, len(ORDER) if wanted == "all" else int(wanted)
-    for name in names(wanted):
-        if name not in ORDER:
-            raise CliError(f"--targets {name}: is none of {', '.join(ORDER)}")
-    return names(wanted), len(names(wanted))
-
-
-def _targets(args: argparse.Namespace, domains: dict[str, Any]) -> list[str]:
-    order, most = _wanted(args)
-    there = [t for t in order if t in domains]
-    if order is not ORDER and len(there) < most:
-        missing = next(t for t in order if t not in domains)
-        raise CliError(f"--targets {missing}: this machine has too little text for it")
-    return there[:most]
 
 
 def _seconds(rows: list[dict[str, Any]], setting: Setting, device: torch.device) -> float:

@@ -20,7 +20,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from losia_pro.cli.bench import device as devices
 from losia_pro.cli.bench.record import revision, versions
 from losia_pro.cli.bench.table import table
 
-from . import corpora, model
+from . import choice, corpora, model
 from .corpora import Domain, Part
 from .methods import CALIBRATION
 from .plan import Row, rate
@@ -62,17 +61,11 @@ NOT_SHOWN = [
 Masks = dict[str, Tensor]
 
 
-def run(
-    args: argparse.Namespace,
-    setting: Setting,
-    device: torch.device,
-    wanted: tuple[Sequence[str], int],
-    targets_of: Callable[..., list[str]],
-) -> int:
+def run(args: argparse.Namespace, setting: Setting, device: torch.device) -> int:
     """The study's record, and its sentence."""
     begun = time.perf_counter()
-    domains, about = corpora.build(setting, *wanted)
-    targets = targets_of(args, domains)
+    domains, about = corpora.build(setting, *choice.wanted(args))
+    targets = choice.targets(args, domains)
     base = model.build(setting, device)
     folder = args.base / corpora.base_digest(setting, about)
     if not model.load(base, folder):
