@@ -103,7 +103,8 @@ def subnet_grad(
         TypeError: a dtype other than fp32, bf16 or fp16, or operands of two dtypes.
     """
     torch_ops.check_operands("cuda", dy, x_sub, out_dtype)
-    chosen = dy if group == dy.shape[1] else gather_columns(dy, out_idx, group)
+    whole = group == out_idx.shape[0] == dy.shape[1]
+    chosen = dy if whole else gather_columns(dy, out_idx, group)
     return torch_ops.product(chosen, x_sub, out_dtype)
 
 

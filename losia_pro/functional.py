@@ -145,7 +145,7 @@ def _columns(
     hooks: Hooks | None,
 ) -> Tensor:
     """``x[:, X_S]`` of ``flat``, which is ``x`` as ``(T, in)``; ``x`` itself where all inputs are chosen."""
-    if group == flat.shape[1]:
+    if group == in_idx.shape[0] == flat.shape[1]:
         return flat
     if hooks is not None and keeps_nothing(hooks[0]):
         return flat.new_empty(()).expand(flat.shape[0], in_idx.shape[0])  # nobody reads it

@@ -30,7 +30,7 @@ def subnet_grad(
     ``(n_out, n_in)`` in ``out_dtype``. Where all outputs are chosen, ``dy`` is read as it lies, and the
     small result put in ``out_idx``'s order unless ``group`` says that it is in order.
     """
-    if group == dy.shape[1]:
+    if group == out_idx.shape[0] == dy.shape[1]:
         return product(dy, x_sub, out_dtype)
     if out_idx.numel() == dy.shape[1]:
         return product(dy, x_sub, out_dtype).index_select(0, out_idx)

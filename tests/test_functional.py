@@ -245,3 +245,11 @@ def test_a_graph_can_be_kept_and_once_freed_says_so(hooks: bool) -> None:
         assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, (x, subnet))
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(0, 1), (1, 0), (0, 0)])
+def test_a_subnet_of_none_of_one_neuron_gets_an_empty_gradient(n_out, n_in):
+    out_idx, in_idx = torch.arange(n_out), torch.arange(n_in)
+    subnet = torch.empty(n_out, n_in, requires_grad=True)
+    subnet_linear(torch.ones(5, 1), torch.ones(1, 1), subnet, out_idx, in_idx).sum().backward()
+    assert subnet.grad.shape == (n_out, n_in)

@@ -45,6 +45,13 @@ def test_gather_and_gradient_are_those_of_the_reference(tokens, n_out, n_in, dty
         assert torch.equal(got.double(), want)
 
 
+def test_none_chosen_of_one_is_none_and_not_all():
+    """There, a group of one is as long as the side: by its length alone, it would say that all are chosen."""
+    column, none = torch.ones(9, 1), torch.empty(0, dtype=torch.int64)
+    assert OPS.gather_columns(column, none).shape == (9, 0)
+    assert OPS.subnet_grad(column, torch.ones(9, 5), none).shape == (0, 5)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("op", ["subnet_grad", "importance_update_"])
 def test_gradients_of_bf16_are_neither_summed_nor_rounded_in_bf16(op, autocast):
