@@ -42,7 +42,8 @@ class AdamW(torch.optim.AdamW):
         seed: of the random bits.
 
     Raises:
-        ValueError: what ``torch.optim.AdamW`` refuses; ``amsgrad``, ``capturable`` or ``differentiable`` in a group.
+        ValueError: what ``torch.optim.AdamW`` refuses; ``amsgrad``, ``capturable`` or ``differentiable`` in a group,
+            of a checkpoint's too.
     """
 
     bf16_stochastic_round = True  # as torchao's optimizers say it
@@ -69,12 +70,13 @@ class AdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # a GradScaler unscales and skips by itself
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for name in ("amsgrad", "capturable", "differentiable"):
-            if param_group.get(name):
-                raise ValueError(
-                    f"losia_pro.optim.AdamW has no {name}; torch.optim.AdamW has, for fp32 subnets"
-                )
+        _check(param_group)
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            _check(group)
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -133,6 +135,14 @@ class AdamW(torch.optim.AdamW):
             parts = [[local(t) for t in ts] for ts in (own, grads, moments, squares)]
             constants = {"lr": float(group["lr"]), **_constants(group)}
             function("adamw_", parts[0][0], None)(*parts, steps, keys, **constants)
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "capturable", "differentiable"):
+        if group.get(name):
+            raise ValueError(
+                f"losia_pro.optim.AdamW has no {name}; torch.optim.AdamW has, for fp32 subnets"
+            )
 
 
 def _grads(params: Iterable[Tensor]) -> list[Tensor]:

@@ -223,6 +223,18 @@ def test_what_it_lacks_is_refused_by_name(name):
         optim.AdamW(group["params"], lr=-1)
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "capturable", "differentiable"])
+def test_a_checkpoint_of_what_it_lacks_is_refused_and_changes_nothing(name):
+    params = parameters(torch.bfloat16)
+    theirs, ours = (kind(params, lr=1e-2) for kind in (torch.optim.AdamW, optim.AdamW))
+    steps(theirs, params)
+    state, before = theirs.state_dict(), copy.deepcopy(ours.state_dict())
+    state["param_groups"][0][name] = True
+    with pytest.raises(ValueError, match=f"has no {name}; torch.optim.AdamW has"):
+        ours.load_state_dict(state)
+    assert ours.state_dict() == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_grad_scaler_unscales_and_skips_overflows(dtype):
     """Also with ``fused``, whose kernel in PyTorch does both by itself."""
