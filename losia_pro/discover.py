@@ -112,7 +112,7 @@ def _warn_of_the_rest(model: nn.Module, blocks: list[str], chosen: list[AnyLinea
         for name, p in model.named_parameters()
         if any(name.startswith(b + ".") for b in blocks)
     }
-    adapted = {id(m.stored if isinstance(m, View) else m.weight) for m in chosen}
+    adapted = {id(_stored(m)) for m in chosen}
     rest = {name: p.numel() for name, p in inside.items() if id(p) not in adapted}
     share = sum(rest.values()) / max(1, sum(p.numel() for p in inside.values()))
     if share > 1 / 2:
@@ -123,6 +123,12 @@ def _warn_of_the_rest(model: nn.Module, blocks: list[str], chosen: list[AnyLinea
             UserWarning,
             stacklevel=5,
         )
+
+
+def _stored(linear: AnyLinear) -> nn.Parameter | None:
+    """The parameter that is a linear's weight or holds it, looked up: to ask a parametrized one for its weight
+    computes it, and spectral_norm's changes."""
+    return linear.stored if isinstance(linear, View) else linear._parameters.get("weight")
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
@@ -241,12 +247,13 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
     owners: dict[tuple[int, int | None], str] = {}
     biases: dict[int, str] = {}
     for name, linear in linears.items():
-        stored = linear.stored if isinstance(linear, View) else linear.weight
+        stored = _stored(linear)
         index = linear.index if isinstance(linear, View) else None
-        if not isinstance(stored, nn.Parameter):
+        own = isinstance(linear, View) or {"weight", "bias"} <= linear._parameters.keys()
+        if not (own and isinstance(stored, nn.Parameter)):
             raise ValueError(
-                f"{name} computes its weight from other parameters (weight_norm, pruning); make it a plain "
-                "one, or leave the layer out with target_modules"
+                f"{name} computes its weight or bias from other parameters (weight_norm, parametrizations, pruning); "
+                "make them plain ones, or leave the layer out with target_modules"
             )
         if is_sharded(stored):
             raise ValueError(

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .views import AnyLinear, SubnetHost, SubnetView, View
 
@@ -48,10 +49,12 @@ def stand_in(layer: nn.Module, units: Mapping[str, SubnetView]) -> nn.Module:
 def linears_of(module: nn.Module) -> dict[str, AnyLinear]:
     """The linear maps that one module is or holds by itself, by name within it, "" for the module itself.
 
-    Of linears, the exact type ``nn.Linear`` alone: a subclass may read its weight in ways that a replacement would
-    not see.
+    Of linears, the exact type ``nn.Linear`` alone, parametrized or not: a subclass may read its weight in ways that a
+    replacement would not see.
     """
-    return {"": module} if type(module) is nn.Linear else {**views_of(module)}
+    if isinstance(module, nn.Linear) and type_before_parametrizations(module) is nn.Linear:
+        return {"": module}
+    return {**views_of(module)}
 
 
 def find_linear(model: nn.Module, name: str) -> AnyLinear | None:

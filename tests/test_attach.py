@@ -12,6 +12,7 @@ import torch
 import toys
 from bound import attached, hooks
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import losia_pro
 from losia_pro import LosiaConfig, SubnetLinear
@@ -41,10 +42,10 @@ def tied_by_memory():
     return model
 
 
-def with_changed(change):
+def with_changed(change, name="down"):
     def make():
         model = toys.stack()
-        change(model.layers[1].down)
+        change(getattr(model.layers[1], name))
         return model
 
     return make
@@ -53,6 +54,10 @@ def with_changed(change):
 def weight_norm(linear):
     with torch.no_grad():
         torch.nn.utils.weight_norm(linear)
+
+
+def parametrized_bias(linear):
+    torch.nn.utils.parametrize.register_parametrization(linear, "bias", nn.Identity())
 
 
 def in_dtype(dtype):
@@ -105,6 +110,7 @@ NO_TARGET = {
         HeadOfItsOwnKind, {"output_factor": 0.5}, "HeadOfItsOwnKind has no output head",
     ),
 }  # fmt: skip
+COMPUTED = "layers.1.(up|down) computes its weight or bias from other parameters"
 NO_WEIGHT = {
     "too few outputs": (
         toys.stack, {"out_factor": 0.05},
@@ -130,7 +136,11 @@ NO_WEIGHT = {
     "inference": (torch.inference_mode()(toys.stack), {}, r"layers.0.up is of torch.inference_mode\(\)"),
     "fp8": (in_dtype(torch.float8_e4m3fn), {}, "layers.1.up has torch.float8_e4m3fn weights; only those of"),
     "int8": (in_dtype(torch.int8), {}, r"layers.1.up \(Linear\) has quantized weights \(Parameter, torch.int8\)"),
-    "weight norm": (with_changed(weight_norm), {}, "layers.1.down computes its weight from other parameters"),
+    "weight norm": (with_changed(weight_norm), {}, COMPUTED),
+    "parametrized": (with_changed(parametrizations.spectral_norm), {}, COMPUTED),
+    "parametrized and named": (with_changed(parametrizations.spectral_norm), {"target_modules": ["down"]}, COMPUTED),
+    "parametrized bias": (with_changed(parametrized_bias, "up"), {}, COMPUTED),
+    "pruned bias": (with_changed(lambda m: prune.l1_unstructured(m, "bias", 3), "up"), {}, COMPUTED),
     "attached": (lambda: losia_pro.attach(toys.stack()).model, {}, "the model is attached already; call detach"),
     "attached inside": (attached_inside, {}, "the model is attached already; call detach"),
 }  # fmt: skip
@@ -163,6 +173,9 @@ def test_attaching_within_inference_mode_is_refused():
 def test_a_refused_layer_can_be_left_out():
     losia = losia_pro.attach(tied_within_blocks(), LosiaConfig(target_modules=["down"]))
     assert list(losia.modules) == [f"layers.{i}.down" for i in range(3)]
+    model = with_changed(parametrizations.spectral_norm)()
+    losia = losia_pro.attach(model, LosiaConfig(target_modules=["up"]))
+    assert list(losia.modules) == [f"layers.{i}.up" for i in range(3)]
 
 
 def test_attaching_keeps_values_outputs_and_checkpoints():
