@@ -26,6 +26,7 @@ from .memory import check_fits, is_out_of_memory
 from .methods import losia_config
 from .processes import Processes, local_rank, local_size
 
+MOST_EXAMPLES = 100_000_000  # of a run, whose batches are planned before it begins: some 4 GB
 MAX_LENGTH = 1024  # unless the flag says otherwise
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,17 +121,30 @@ def make_job(
     )  # fmt: skip
     for method in (options.method, *options.compare):
         check_fits(n, job.training_dtype(method), method, device, local_size())
-    an_epoch = math.ceil(len(encoded.train) / options.batch_size)
-    n_batches = (
-        options.steps * options.accumulation
-        if options.steps
-        else math.ceil(an_epoch * options.epochs / together.size)
-    )
+    n_batches = _count_batches(options, len(encoded.train), together.size)
     lengths = [len(s.ids) for s in encoded.train]
     batches = plan(lengths, options.batch_size, n_batches * together.size, options.seed)
     job.batches = batches[together.rank :: together.size]
     job.steps = math.ceil(n_batches / options.accumulation)
     return job
+
+
+def _count_batches(options: argparse.Namespace, n_examples: int, size: int) -> int:
+    """How many batches each of ``size`` processes trains on; a CliError if that is more than can be planned."""
+    if options.steps:
+        a_batch = min(options.batch_size, n_examples)
+        flag, value, each = "--steps", options.steps, a_batch * options.accumulation * size
+    else:
+        flag, value, each = "--epochs", options.epochs, n_examples
+    if value * each > MOST_EXAMPLES:
+        would_do = MOST_EXAMPLES // each
+        raise CliError(
+            f"{flag} {value if options.steps else f'{value:g}'}: of {each:,} examples each, and a run is planned for "
+            f"{MOST_EXAMPLES:,} at most" + f"; {would_do:,} would do" * bool(would_do)
+        )
+    an_epoch = math.ceil(n_examples / options.batch_size)
+    n: int = value * options.accumulation if options.steps else math.ceil(an_epoch * value / size)
+    return n
 
 
 def check_model(name: str, what: str = "--model") -> None:
