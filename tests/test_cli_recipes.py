@@ -193,6 +193,18 @@ def test_a_run_follows_its_recipe_and_its_flags_come_first(model, tmp_path, monk
     assert "losia-pro evaluate runs/arc-challenge-losia-pro/merged --tasks arc_challenge" in out
 
 
+def test_of_a_file_a_recipe_asks_for_no_part(tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", PAIRS[:4])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("data: someone/thing\nsubset: easy\nsplit: dev\nsteps: 2\n")
+    found = recipes.expand({"recipe": str(mine), "data": str(path)})
+    assert not found.keys() & {"subset", "split"} and found["steps"] == 2
+    found = recipes.expand({"recipe": str(mine), "data": str(path), "subset": "hard"})
+    assert found["subset"] == "hard"
+    found = recipes.expand({"recipe": str(mine), "data": str(tmp_path)})
+    assert (found["subset"], found["split"]) == ("easy", "dev")
+
+
 def test_templates_read_records_of_any_fields_without_a_recipe(model, tmp_path, capsys):
     rows = [{"q": p["prompt"], "a": p["response"]} for p in PAIRS[:10]] + [
         {"q": "nothing", "a": ""}

@@ -212,6 +212,25 @@ def test_a_held_out_split_must_exist_and_a_share_lie_within_0_and_1(tmp_path):
         load(str(path))
 
 
+@pytest.mark.parametrize("part", [{"split": "dev"}, {"subset": "easy"}])
+def test_a_part_of_a_file_is_refused_before_it_is_read(tmp_path, part):
+    path = write_lines(tmp_path / "d.jsonl", ["not read"])
+    ((flag, name),) = part.items()
+    said = f"--{flag} {name}: {path} is a file, which is read whole; {flag}s are of a dataset"
+    for held_out in (None, str(path)):
+        with pytest.raises(CliError, match=said):
+            load(str(path), held_out, **part)
+
+
+def test_a_part_may_be_that_of_the_held_out_dataset_alone(tmp_path, monkeypatch):
+    path, asked = write_lines(tmp_path / "d.jsonl", PAIRS[:4]), []
+    monkeypatch.setattr(named, "datasets", lambda: None)
+    monkeypatch.setattr(named, "splits", lambda *_: ["test"])
+    monkeypatch.setattr(named, "rows", lambda *of: asked.append(of) or [("row 0", PAIRS[5])])
+    assert len(load(str(path), "someone/thing", subset="easy").held_out) == 1
+    assert asked == [("someone/thing", "test", "easy")]
+
+
 def test_json_with_windows_line_ends_is_read(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(p) for p in PAIRS[:3]).encode())

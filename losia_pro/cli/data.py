@@ -65,7 +65,7 @@ def load(
         source: a JSONL file, a text file, a folder that holds ``train.jsonl`` (and ``test.jsonl``), a folder
             that ``datasets`` saved, or the name of a dataset.
         eval_source: the same for the held-out part.
-        split: which split of a folder or dataset is trained on.
+        split: which split of a folder or dataset is trained on; files have none.
         eval_split: which split is held out, or a share such as ``0.1`` of the training data.
         subset: of a dataset that has several ("configurations"); files have none.
         prompt, response: Jinja templates over a record's fields; both or none.
@@ -74,6 +74,8 @@ def load(
         CliError: with file and line, for anything that cannot be read as one kind of data.
     """
     pair = templates.pair(prompt, response)
+    if all(is_file(name) for name in (source, eval_source) if name is not None):
+        _refuse_parts(source, split=split if split != "train" else None, subset=subset)
     for name in (source, eval_source):
         if name is not None and hub.is_on_the_hub(name):
             named.datasets()  # else there is nothing to look with
@@ -97,6 +99,20 @@ def load(
     if held_out is None and kind != "document":
         train, held_out = _hold_out(train, share or HELD_OUT_SHARE, source)
     return Data(kind, train, held_out, share or HELD_OUT_SHARE, source)
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is one file, which has neither splits nor subsets."""
+    return Path(source).expanduser().is_file()
+
+
+def _refuse_parts(source: str, **parts: str | None) -> None:
+    for flag, name in parts.items():
+        if name is not None:
+            raise CliError(
+                f"--{flag} {name}: {source} is a file, which is read whole; {flag}s are of a dataset, by its name on "
+                "the hub or as a folder"
+            )
 
 
 def _share(eval_split: str | None) -> float | None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import flags
+from .. import data, flags
 from ..errors import CliError
 
 FOLDER = Path(__file__).parent
@@ -78,6 +78,9 @@ def expand(given: dict[str, Any]) -> dict[str, Any]:
     if "steps" in given or "epochs" in given:  # one replaces the other
         recipe.pop("steps", None)
         recipe.pop("epochs", None)
+    if data.is_file(given.get("data", "")):  # the recipe's data has them
+        recipe.pop("subset", None)
+        recipe.pop("split", None)
     if "lr" in given and "lr" in recipe:
         given = {**given, "lr": {**recipe["lr"], **given["lr"]}}
     return {**recipe, **given}
