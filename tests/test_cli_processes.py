@@ -9,10 +9,10 @@ import pytest
 import torch
 from cli_tools import finetune, record
 from safetensors.torch import load_file
-from test_cli_errors import refused
-from test_trainer_ranks import torchrun
+from test_cli_errors import bad_flag, refused
+from test_trainer_ranks import launched, torchrun
 
-from losia_pro.cli import processes
+from losia_pro.cli import errors, processes
 from losia_pro.cli.errors import CliError
 
 FLAGS = ("--steps", 12, "--batch-size", 4, "--period", 3, "--rank-factor", 0.25, "--eval-steps", 4)
@@ -136,6 +136,33 @@ def test_processes_that_cannot_meet_are_refused(base, tmp_path, capsys, monkeypa
     assert "no LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in said
     assert "torchrun --nproc_per_node 2 -m losia_pro finetune" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", "0"), "argument --steps: must be 1 or more, got 0"),
+        (("--model", "m", "--data", "gone.jsonl", "--device", "cpu"), "gone.jsonl: no such file"),
+    ],
+    ids=["flag", "data"],
+)
+def test_what_all_processes_find_is_said_once(tmp_path, flags, message):
+    done = launched(tmp_path, *TWO, *flags)
+    assert done.returncode and done.stderr.count(message) == 1
+
+
+def test_what_one_process_finds_alone_is_said_when_the_others_have_had_time_to(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        assert "give --resume DIR" in refused(capsys, "--resume")
+        assert not waits  # no torchrun, which would end it meanwhile
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        assert "give --resume DIR" in refused(capsys, "--resume")
+        assert "got 0" in bad_flag(capsys, "--steps", 0)
+        assert waits == [errors.PATIENCE] * 2 * int(rank)
 
 
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch):

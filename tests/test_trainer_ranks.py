@@ -21,13 +21,18 @@ SCRIPT = Path(__file__).parent / "trainer_ranks.py"
 EXAMPLES = SCRIPT.parent.parent / "examples"
 
 
-def torchrun(folder: Path, *flags: str) -> str:
-    """What it prints; in ``folder``, with a port that is free."""
-    done = subprocess.run(
+def launched(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """``torchrun`` in ``folder``, with a port that is free."""
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         text=True, capture_output=True, timeout=300,
     )  # fmt: skip
+
+
+def torchrun(folder: Path, *flags: str) -> str:
+    """What it prints."""
+    done = launched(folder, *flags)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -7,8 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from .errors import CliError
+from .errors import CliError, let_the_first_speak
 
 COMMANDS = {  # module of this package: what it does. Imported only when it is called.
     "finetune": "fine-tune a causal language model",
@@ -39,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="losia-pro", description="Fine-tune subnets of a model's linear layers."
-    )
+    parser = _Parser(prog="losia-pro", description="Fine-tune subnets of a model's linear layers.")
     from losia_pro import __version__
 
     parser.add_argument("--version", action="version", version=f"losia-pro {__version__}")
@@ -56,8 +55,15 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         return int(args.run(args) or 0)
     except CliError as error:
+        let_the_first_speak()
         red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         print(f"\033[31merror: {error}\033[0m" if red else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        let_the_first_speak()
+        super().error(message)
