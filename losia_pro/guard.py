@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
 from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .sharded import is_sharded
+
 MARK = "_losia_subnet"  # of a parameter that is one
+STEPPED = -1  # what a layer has written, where a step came after it: a version below all
+_layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def watch_steps(subnet: nn.Parameter) -> None:
-    """Let every optimizer's step change the version of ``subnet``, by which its layer sees that it was not written: a
-    fused one leaves it as it is."""
-    setattr(subnet, MARK, True)
-    _watch_fused()
+def watch_steps(layer: Any) -> None:
+    """Let a layer see that an optimizer's step was not written. It compares versions of its subnet: a fused step, which
+    leaves that as it is, raises it. Under FSDP2 a forward sees other tensors than a step: ``_written`` is set."""
+    setattr(layer.subnet, MARK, True)
+    _layers.add(layer)
+    _watch()
 
 
 @functools.cache
-def _watch_fused() -> None:
+def _watch() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    sharded = set()
     for group in optimizer.param_groups:
-        if group.get("fused"):
-            for p in group["params"]:
-                if p.grad is not None and hasattr(p, MARK):
-                    increment_version(p)
+        rate = group.get(
+            "lr"
+        )  # 0 in a step that torch.distributed.checkpoint makes; not read from a device
+        changes = isinstance(rate, torch.Tensor) or rate != 0
+        for p in group["params"]:
+            if p.grad is not None and is_sharded(p) and changes:
+                sharded.add(id(p))
+            elif p.grad is not None and group.get("fused") and hasattr(p, MARK):
+                increment_version(p)
+    for layer in _layers if sharded else ():
+        if id(layer._parameters["subnet"]) in sharded:
+            layer._written = STEPPED
 
 
 class RecomputeGuard:

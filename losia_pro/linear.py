@@ -15,7 +15,7 @@ from . import sharded
 from .base import Touched
 from .config import subnet_size
 from .functional import GradientSink, checked
-from .guard import RecomputeGuard, watch_steps
+from .guard import STEPPED, RecomputeGuard, watch_steps
 from .ops import compact_dtype
 from .selection import random_neurons, select_together
 from .shared import SharedInputs
@@ -150,7 +150,7 @@ class SubnetLinear(nn.Linear):
         for name, idx in (("out_idx", out_idx), ("in_idx", in_idx)):
             self.register_buffer(name, idx.to(self.weight.device), persistent=False)
         self.subnet = nn.Parameter(self._block())
-        watch_steps(self.subnet)
+        watch_steps(self)
         self.mark_written()
 
     def _block(self) -> Tensor:
@@ -216,7 +216,7 @@ class SubnetLinear(nn.Linear):
     def _check_written(self) -> None:
         """Warn of a subnet that was set since it was written; not if the dense weight was set too, for
         ``DistributedDataParallel`` starts by setting all parameters, and they agree then."""
-        if self.weight._version == self._weight_then:
+        if self._written == STEPPED or self.weight._version == self._weight_then:
             _warn_stale()
         else:
             self.mark_written()
@@ -245,7 +245,7 @@ class SubnetLinear(nn.Linear):
         super().__setstate__(state)
         self._guard = RecomputeGuard()  # a copy has no forward yet
         self._written = self._weight_then = 0  # its tensors are new
-        watch_steps(self.subnet)
+        watch_steps(self)
 
     def extra_repr(self) -> str:
         n_out, n_in = self.subnet.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import warnings
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import toys
 from ranks import CONFIG, Run, Sharded, data, rank_and_size, share
 from test_distributed import CALIBRATED
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -269,6 +271,23 @@ def files(folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def unwritten() -> list[list[str]]:
+    """What is warned of where an optimizer is bound, where it is not, and where that one is fused."""
+    said = []
+    for fused, bind in ((True, True), (False, False), (True, False)):
+        run = Sharded(make=lambda p, fused=fused: torch.optim.AdamW(p, 1e-2, fused=fused))
+        if bind:
+            get_state_dict(run.model, run.optimizer)  # a step at a rate of 0
+            run.bind()
+        losia_pro.linear._warn_stale.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.go(data()[:3])
+        said.append([str(w.message) for w in caught if "a subnet was changed" in str(w.message)])
+    losia_pro.linear._warn_stale.cache_clear()
+    return said
+
+
 def everything(folder: str) -> dict[str, Any]:
     on_two = (half_precision, skipped, overflowing, clipped, calibrated, between_two_numbers)
     return {
@@ -279,5 +298,6 @@ def everything(folder: str) -> dict[str, Any]:
         "traffic": traffic(),
         "held": held(),
         "whole": whole_ones(),
+        "unwritten": unwritten(),
         "files": files(folder),
     }

@@ -22,7 +22,6 @@ FLOORS: list[tuple[str, ...]] = [
     (
         "config",
         "gathering",
-        "guard",
         "localize",
         "reference",
         "rounding",
@@ -32,7 +31,7 @@ FLOORS: list[tuple[str, ...]] = [
         "shared",
         "tables",
     ),
-    ("base", "selection"),
+    ("base", "guard", "selection"),
     ("entries", "torch_ops"),
     ("_cuda", "kernels"),
     ("_cuda_ops",),

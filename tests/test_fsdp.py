@@ -138,6 +138,11 @@ def test_each_rank_holds_its_part_of_importance_subnets_moments_and_base(ranks):
         assert sum(sum(p[:half]) for p in parts) == sum(parts[0][half:])
 
 
+def test_stepping_an_unbound_sharded_model_warns_once(ranks):
+    for rank in ranks:
+        assert [len(said) for said in rank["unwritten"]] == [0, 1, 1]
+
+
 def test_no_weight_stays_whole_on_a_rank(ranks):
     for rank in ranks:
         assert rank["whole"] == []
