@@ -112,6 +112,12 @@ def test_subnet_grad_is_the_product_of_what_was_gathered(cuda_ops, group, dtype)
     assert len(cuda_ops.kernels.units) == (group != 24)
 
 
+def test_none_chosen_of_one_is_none_and_not_all(cuda_ops):
+    none = torch.empty(0, dtype=torch.int64)
+    ours = cuda_ops.subnet_grad(torch.ones(9, 1), torch.ones(9, 5), none, torch.float32)
+    assert ours.shape == (0, 5)
+
+
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("micro_batches", [1, 2])
