@@ -32,14 +32,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "adamw_": ("cuda", "triton", "torch"),  # no op of torch.ops: an optimizer's step is not traced
     "lerp_": ("cuda", "triton", "torch"),  # nor is what follows it
 }
-# Which answers instead: of aligned runs for more than SHORT tokens, and of a weight of at most SMALL entries, which are
-# too few large tiles for Triton. On an H200, 2048 x 256 takes Triton 40.7 us and CUDA 19.9 for 8192 tokens, 8.8 and
-# 7.6 for 512; 4096 x 1024 takes them 98.3 and 102 for 8192. SMALL lies between the two.
-SPECIAL = {
-    "subnet_grad": ("triton", "cuda", "torch"),
-    "importance_update_": ("cuda", "triton", "torch"),
-}
 SMALL = 2**20
+# Which answers instead, and of what. A small weight is too few large tiles for Triton: on an H200, 2048 x 256 takes it
+# 40.7 us and CUDA 19.9 for 8192 tokens, 8.8 and 7.6 for 512, and 4096 x 1024 takes them 98.3 and 102 for 8192; SMALL
+# lies between the two.
+SPECIAL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "subnet_grad": (f"aligned runs, more than {SHORT} tokens", ("triton", "cuda", "torch")),
+    "importance_update_": (f"weights of at most {SMALL} entries", ("cuda", "triton", "torch")),
+}
 # No kernel of theirs takes fp64; "torch" does.
 NOT_IN_FP64 = ("subnet_grad", "importance_update_", "lerp_")
 
@@ -90,7 +90,7 @@ def resolve(
     if asked is None:
         if device.type != "cuda":
             return "torch"
-        order = SPECIAL.get(op, PREFERENCE[op]) if special else PREFERENCE[op]
+        order = SPECIAL[op][1] if special and op in SPECIAL else PREFERENCE[op]
         return next(i for i in order if not _why_not(op, device, i))
     if asked not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {asked!r}")

@@ -89,6 +89,27 @@ def test_the_compiled_module_is_described(compiled, capsys):
     assert "Compiled module: _cuda.so, CUDA 12.8, for sm_80, sm_90 + PTX" in capsys.readouterr().out
 
 
+def test_what_another_implementation_answers_is_said(one_gpu, monkeypatch, capsys):
+    """That subnet_grad of many tokens in runs is Triton's, where CUDA's is the one for all else."""
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, device, impl: "")
+    main(["doctor"])
+    lines = [words(line) for line in capsys.readouterr().out.splitlines()]
+    table = lines[lines.index(["on", "cuda:0", "uses", "not", "because"]) :]
+    at = {line[0]: k for k, line in enumerate(table) if line and line[0] in dispatch.PREFERENCE}
+    k = at["subnet_grad"]
+    assert table[k][1:4] == ["cuda", "torch", "usable,"]
+    assert table[k + 1] == "triton used for aligned runs, more than 2048 tokens".split()
+    k = at["importance_update_"]
+    assert table[k + 1] == "cuda used for weights of at most 1048576 entries".split()
+    assert table[at["gather_columns"] + 1] == "triton usable, not preferred".split()
+    monkeypatch.setattr(dispatch, "IMPL", "cuda")  # then it answers all
+    assert not any(
+        "used_for" in i
+        for c in doctor.examine()["operations"]["cuda:0"].values()
+        for i in c["implementations"]
+    )
+
+
 def test_a_missing_compiled_module_says_how_to_get_it(monkeypatch, fresh_modules, capsys):
     monkeypatch.setitem(sys.modules, "losia_pro._cuda", None)
     monkeypatch.delitem(sys.modules, "losia_pro._cuda_ops", raising=False)

@@ -87,7 +87,7 @@ def describe(facts: dict[str, Any]) -> str:
         lines.append(f"LOSIA_IMPL={facts['LOSIA_IMPL']}")
     for device, operations in facts["operations"].items():
         rows = [
-            (op, choice["uses"], other["name"], other["reason"] or "usable, not preferred")
+            (op, choice["uses"], other["name"], other["reason"] or _not_used(other))
             for op, choice in operations.items()
             for other in choice["implementations"]
             if other["name"] != choice["uses"]
@@ -107,13 +107,19 @@ def _choice(op: str, device: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # that LOSIA_IMPL falls back is what the table says
         try:
             uses = dispatch.resolve(op, device)
+            special = dispatch.resolve(op, device, special=True)
         except ValueError as error:
             raise CliError(f"LOSIA_IMPL: {error}") from error
     implementations = [
         {"name": name, "usable": usable, "reason": reason}
+        | ({"used_for": dispatch.SPECIAL[op][0]} if name == special != uses else {})
         for name, usable, reason in dispatch.explain(op, device)
     ]
     return {"uses": uses, "implementations": implementations}
+
+
+def _not_used(usable: dict[str, Any]) -> str:
+    return f"used for {usable['used_for']}" if "used_for" in usable else "usable, not preferred"
 
 
 def _launch_shapes(device: str) -> dict[str, Any] | None:
