@@ -132,7 +132,7 @@ def test_the_harder_tasks():
 def test_groups_of_neurons_by_default():
     shares = []
     for mode in MODES[:2]:
-        rows = {r["method"]: r for r in record(f"step-groups-llama2-7b-{mode}-nvidia-h200")["rows"]}
+        rows = {r["method"]: r for r in record(f"groups-step-llama2-7b-{mode}-nvidia-h200")["rows"]}
         shares += [
             f"{100 * rows[f'losia-pro-default{groups}']['ratio'] - 100:.1f} %"
             for groups in ("-g16", "")
