@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lerps
 import pytest
 import torch
 import toys
@@ -108,3 +109,15 @@ def test_subnets_of_several_dtypes_are_a_call_for_each(monkeypatch):
     assert [len(tensors) for tensors, _ in calls] == [2, *[1] * (len(DTYPES) - 1)]
     assert all(len({t.dtype for t in tensors}) == 1 for tensors, _ in calls)
     assert all(torch.equal(t, o) for t, o in zip(start, others, strict=True))
+
+
+@pytest.mark.parametrize("other", lerps.OTHERS, ids=str)
+def test_in_a_captured_graph_fp32_goes_without_the_kernels_tables_to_the_same_bits(
+    other, monkeypatch
+):
+    calls = calls_of_lerp(monkeypatch)
+    monkeypatch.setattr(decay, "_is_captured", lambda _: True)
+    lerps.compare_fp32(decay.lerp_, "cpu", other)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # a rate on the device stays a tensor
+    lerps.compare_fp32(decay.lerp_, "cpu", other)
+    assert not calls
