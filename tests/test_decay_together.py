@@ -8,7 +8,7 @@ import torch
 import toys
 
 import losia_pro
-from losia_pro import LosiaConfig, decay, dispatch, optim
+from losia_pro import LosiaConfig, decay, dispatch, optim, rewarm
 from losia_pro.tables import LERPS
 
 DECAY = 0.5
@@ -121,3 +121,14 @@ def test_in_a_captured_graph_fp32_goes_without_the_kernels_tables_to_the_same_bi
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # a rate on the device stays a tensor
     lerps.compare_fp32(decay.lerp_, "cpu", other)
     assert not calls
+
+
+def test_a_block_on_two_devices_is_rewarmed_on_each_by_itself():
+    losia = losia_pro.attach(toys.stack(), LosiaConfig(rank_factor=1 / 4, period=4))
+    losia.step = next(n for n in range(40) if losia.schedule.rewarm(n, 0) < 1)
+    first, *rest = losia.group_modules(0).values()
+    first.subnet = torch.nn.Parameter(torch.empty_like(first.subnet, device="meta"))
+    kept = rewarm.before(losia)
+    assert [len(subnets) for subnets, *_ in kept] == [1, len(rest)]
+    for subnets, copies, factor in kept:
+        assert len({t.device for t in (*subnets, *copies)}) == 1 and factor < 1
