@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -37,18 +39,25 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     sharded = set()
     for group in optimizer.param_groups:
-        rate = group.get(
-            "lr"
-        )  # 0 in a step that torch.distributed.checkpoint makes; not read from a device
-        changes = isinstance(rate, torch.Tensor) or rate != 0
+        fused = group.get("fused")
         for p in group["params"]:
-            if p.grad is not None and is_sharded(p) and changes:
-                sharded.add(id(p))
-            elif p.grad is not None and group.get("fused") and hasattr(p, MARK):
+            if type(p) is not nn.Parameter and is_sharded(p):  # the type first: it is told sooner
+                if p.grad is not None and not has_zero_rate(group):
+                    sharded.add(id(p))
+            elif fused and p.grad is not None and hasattr(p, MARK):
                 increment_version(p)
     for layer in _layers if sharded else ():
         if id(layer._parameters["subnet"]) in sharded:
             layer._written = STEPPED
+
+
+def has_zero_rate(group: Mapping[str, Any]) -> bool:
+    """Whether the learning rate is 0, as in the step that ``torch.distributed.checkpoint`` makes; one on a device is
+    not read, and taken for another."""
+    rate = group.get("lr")
+    if rate is None or (isinstance(rate, torch.Tensor) and rate.device.type != "cpu"):
+        return False
+    return not float(rate)
 
 
 class RecomputeGuard:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guard import has_zero_rate
 from .optim import AdamW
 from .sharded import local
 
@@ -82,10 +83,7 @@ def check_optimizer(
 def is_rehearsal(optimizer: torch.optim.Optimizer, on_any_rank: Callable[[bool], bool]) -> bool:
     """Whether a step is none: without learning rates and gradients, ``torch.distributed.checkpoint`` makes one
     to let an optimizer create its state."""
-    rates = [g.get("lr") for g in optimizer.param_groups]
-    if any(
-        r is None or (isinstance(r, Tensor) and r.device.type != "cpu") or float(r) for r in rates
-    ):
+    if not all(map(has_zero_rate, optimizer.param_groups)):
         return False
     grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
     return not on_any_rank(any(bool(local(g).any()) for g in grads if g is not None))

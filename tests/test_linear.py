@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import losia_pro.linear
-from losia_pro import SubnetLinear
+from losia_pro import SubnetLinear, guard
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -223,3 +223,20 @@ def test_a_settled_subnet_does_not_warn(settle):
     }
     getattr(layer, settle)(*arguments.get(settle, ()))
     layer(torch.randn(3, 16))  # warnings are errors here
+
+
+class Sharded(nn.Parameter):
+    """As FSDP2's: what a step changes is not what a forward reads."""
+
+    device_mesh = None
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(("rate", "changed"), [(0.0, False), (0.1, True)])
+def test_a_step_of_shards_at_a_rate_of_zero_leaves_nothing_to_write(rate, changed, as_tensor):
+    """``torch.distributed.checkpoint`` makes one, with a tensor on the CPU where rates are tensors."""
+    layer = SubnetLinear(16, 16)
+    layer.subnet = Sharded(layer.subnet.detach())
+    layer.subnet.grad = torch.zeros_like(layer.subnet)
+    torch.optim.SGD([layer.subnet], lr=torch.tensor(rate) if as_tensor else rate).step()
+    assert (layer._written == guard.STEPPED) == changed
