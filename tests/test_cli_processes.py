@@ -165,6 +165,18 @@ def test_what_one_process_finds_alone_is_said_when_the_others_have_had_time_to(c
         assert waits == [errors.PATIENCE] * 2 * int(rank)
 
 
+@pytest.mark.parametrize("flags", [("--resume",), ("--steps", 0)], ids=["later", "flag"])
+def test_a_process_that_waits_to_speak_ends_quietly_at_ctrl_c(flags, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(errors.time, "sleep", interrupted)
+    assert finetune(*flags) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "4")

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             return _main(argv)
+        except KeyboardInterrupt:
+            return 130
         finally:
             print(end="", flush=True)  # what a closed pipe raises, it raises here
     except BrokenPipeError:
@@ -59,8 +61,6 @@ def _main(argv: Sequence[str] | None) -> int:
         red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         print(f"\033[31merror: {error}\033[0m" if red else f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 class _Parser(argparse.ArgumentParser):
