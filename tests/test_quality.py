@@ -61,6 +61,7 @@ PARENS = {
     "if a + b:": None,
     "return": None,
     "w = (": None,
+    "u = (a -\r b * c)": None,  # two lines to Python
     "v = 2 ** 3 // 4 @ m": "(((2 ** 3) // 4) @ m)",
 }
 

@@ -55,7 +55,7 @@ def parens(text: str) -> Iterator[tuple[str, str]]:
     for line in re.findall(lines, text, re.MULTILINE):
         parsed = _parse(line + " pass" if line.endswith(":") else line, ast.stmt)
         value = getattr(parsed, "test", None) or getattr(parsed, "value", None)
-        if isinstance(value, ast.expr):
+        if isinstance(value, ast.expr) and value.end_lineno == 1:  # a lone \r ends a line too
             answer, operators = _explicit(value, line)
             if operators > 1:
                 yield line, answer
