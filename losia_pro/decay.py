@@ -83,32 +83,7 @@ def lerp_(
         towards.append(other)
         first += [sharded.rows(subnet).start] if in_parts else []
     for own, towards, first in alike.values():
-        if own[0].dtype == torch.float32 and _is_captured(own[0]):
-            _lerp_in_graph_(own, towards, weight)
-            continue
+        # A CUDA graph keeps nothing that is copied from the host, as the kernels' tables are; PyTorch's has their bits.
+        captured = own[0].is_cuda and torch.cuda.is_current_stream_capturing()
         key = rounding.key_of(*numbers, *first)
-        function("lerp_", own[0], None)(own, towards, weight, key)
-
-
-def _is_captured(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _lerp_in_graph_(
-    tensors: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor
-) -> None:
-    """What the kernels make of fp32 tensors, bit for bit, by PyTorch: the tables that they read come from the host's
-    memory, and a CUDA graph cannot keep what it copies from there."""
-    weight = torch.as_tensor(weight, dtype=torch.float32)
-    if weight.is_cpu:
-        weight = float(weight)  # of which a graph keeps the number
-    for t, other in zip(tensors, others, strict=True):
-        far = other.to(t.dtype)
-        if isinstance(weight, Tensor):
-            small = weight.abs() < 0.5
-            start, factor = torch.where(small, t, far), torch.where(small, weight, weight - 1)
-            t.copy_(start + (far - t) * factor)
-        elif abs(weight) < 0.5:
-            t.add_((far - t) * weight)
-        else:
-            torch.add(far, (far - t) * (weight - 1), out=t)
+        function("lerp_", own[0], "torch" if captured else None)(own, towards, weight, key)

@@ -129,25 +129,27 @@ def lerp_(
 
     - bf16, others too: computed in fp32, the product rounded before the sum, and rounded stochastically. By ``key``,
       each entry has random bits of its own: those of all tensors are numbered one after the other.
-    - fp32, others fp32, bf16 or fp16; here also fp64: computed in it, and ``key`` is not read. The kernels round the
-      product before the sum. PyTorch's own ``lerp_``, which this is, may not: they agree to an ulp of either.
+    - fp32, others fp32, bf16 or fp16; here also fp64: computed in it, the product rounded before the sum, and
+      ``key`` is not read.
     """
     if not tensors:
         return
-    like = tensors[0]
-    if like.dtype != torch.bfloat16:
-        if isinstance(weight, Tensor):
-            weight = weight.to(like, non_blocking=True)
-        for t, other in zip(tensors, others, strict=True):
-            t.lerp_(other.to(t.dtype), weight)
-        return
-    w = torch.as_tensor(weight, dtype=torch.float32).to(like.device, non_blocking=True)
+    bf16 = tensors[0].dtype == torch.bfloat16
+    w = torch.as_tensor(weight, dtype=torch.float32 if bf16 else tensors[0].dtype)
+    number = w.item() if w.is_cpu else None  # one that is on a device is not waited for
     first = 0
+    factor: Tensor | float
     for t, other in zip(tensors, others, strict=True):
-        near, far = t.float(), other.float()
-        small = w.abs() < 0.5
-        value = torch.where(small, near, far) + (far - near) * torch.where(small, w, w - 1)
-        t.copy_(rounding.to_bf16(value, rounding.noise(rounding.numbers_of(t, first), key)))
+        near, far = (t.float(), other.float()) if bf16 else (t, other.to(t.dtype))
+        if number is None:
+            small = w.abs() < 0.5
+            start, factor = torch.where(small, near, far), torch.where(small, w, w - 1)
+        else:
+            start, factor = (near, number) if abs(number) < 0.5 else (far, number - 1)
+        value = start + (far - near) * factor
+        if bf16:
+            value = rounding.to_bf16(value, rounding.noise(rounding.numbers_of(t, first), key))
+        t.copy_(value)
         first += t.numel()
 
 

@@ -140,7 +140,7 @@ def test_write_back_puts_each_subnet_into_its_weight_and_nothing_else():
 
 @pytest.mark.parametrize("other", lerps.OTHERS)
 def test_interpolation_in_fp32_is_the_equation_to_an_ulp(other):
-    lerps.compare_fp32(torch_ops.lerp_, "cpu", other, fused=True)
+    lerps.compare_fp32(torch_ops.lerp_, "cpu", other)
 
 
 def test_interpolation_in_fp64_is_computed_in_it():
@@ -269,16 +269,19 @@ def test_the_process_wide_choice_yields_to_the_calls_own(monkeypatch):
         OPS.gather_columns(*arguments("gather_columns"), impl="torch")
 
 
-def test_an_interpolation_in_fp32_sends_a_number_nowhere():
-    """A decay of every step: making a tensor of its rate would wait for the device."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interpolation_sends_a_number_nowhere(dtype):
+    """A decay of every step: a tensor of its rate on the device would wait for it, and a graph being captured refuses
+    what is copied from the host."""
     made = []
 
     class Made(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made.append(str(func))
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            made.append({t.device.type for t in (*args, found) if isinstance(t, torch.Tensor)})
+            return found
 
-    tensors, others = ([torch.randn(3) for _ in range(2)] for _ in range(2))
+    tensors, others = ([torch.empty(3, dtype=dtype, device="meta")] * 2 for _ in range(2))
     with Made():
         torch_ops.lerp_(tensors, others, 0.25, 1)
-    assert made == ["aten.lerp_.Scalar"] * 2
+    assert {"meta"} in made and all(len(devices) < 2 for devices in made)
