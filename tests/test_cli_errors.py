@@ -51,6 +51,9 @@ def bad_flag(capsys, *flags) -> str:
         (("--steps", 10**12, "--accumulation", 2), "--steps 1000000000000: of 16 examples each"),
         (("--resume",), "give --resume DIR"),
         (("--resume", "no/such"), "there is no run in that folder"),
+        (("--resume", "~nobody-of-that-name/run"), "there is no run in that folder"),
+        (("--model", "~nobody-of-that-name/model"), "no such folder"),
+        (("--data", "~nobody-of-that-name/data.jsonl"), "no such file"),
     ],
 )
 def test_a_bad_setting_is_refused_before_anything_is_written(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from . import hub, named, templates
 from .errors import CliError
+from .values import file_path
 
 KINDS = {"pairs": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -89,7 +90,7 @@ def load(
         held_out = _read(eval_source, theirs, kind, subset, pair)[1]
     elif share is None:
         name = eval_split or _held_out_split(source, subset)
-        if eval_split and (Path(source).is_file() or eval_split == split):
+        if eval_split and (file_path(source).is_file() or eval_split == split):
             raise CliError(
                 f"--eval-split {eval_split}: {source} has no such split besides the one trained on; "
                 "give a share such as 0.1, or --eval-data"
@@ -103,7 +104,7 @@ def load(
 
 def is_file(source: str) -> bool:
     """Whether a source is one file, which has neither splits nor subsets."""
-    return Path(source).expanduser().is_file()
+    return file_path(source).is_file()
 
 
 def _refuse_parts(source: str, **parts: str | None) -> None:
@@ -146,7 +147,7 @@ def _read(
     subset: str | None,
     pair: Callable[[Any, str], Any] | None,
 ) -> tuple[str, list[Record]]:
-    path = Path(source).expanduser()
+    path = file_path(source)
     if path.is_dir():
         file = _split_file(path, split)
         rows = _json_lines(file) if file else named.rows(source, split, subset)
@@ -207,7 +208,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 
 
 def _held_out_split(source: str, subset: str | None) -> str | None:
-    path = Path(source).expanduser()
+    path = file_path(source)
     if path.is_dir() and _split_file(path, "train"):
         return next((name for name in HELD_OUT_NAMES if _split_file(path, name)), None)
     if path.is_file() or (hub.is_a_path(source) and not path.exists()):

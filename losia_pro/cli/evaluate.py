@@ -153,9 +153,9 @@ def _check_tasks(wanted: list[str], known: list[str]) -> None:
 
 def _output(args: argparse.Namespace) -> Path:
     """Where the figures go; asked before hours are spent on them."""
-    folder = Path(args.model).expanduser()
+    folder = values.file_path(args.model)
     if args.output:
-        path = Path(args.output).expanduser()
+        path = values.file_path(args.output)
     else:
         path = (folder if folder.is_dir() and not args.delta else Path()) / "evaluation.json"
     if path.is_dir() or not path.parent.is_dir():

@@ -16,6 +16,7 @@ from .errors import CliError
 from .flags import add_arguments
 from .processes import Processes, command, join, leave
 from .rundir import RunFolder
+from .values import file_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +95,7 @@ def _reopen(given: dict[str, Any], resume: str | bool) -> RunFolder:
         if output is None:
             raise CliError("--resume: which run? give --resume DIR")
         resume = output
-    folder = RunFolder.open(Path(str(resume)).expanduser())
+    folder = RunFolder.open(file_path(str(resume)))
     if missing := settings.DEFAULTS.keys() - folder.record["arguments"].keys():
         raise CliError(
             f"--resume {folder.path}: the run's settings lack {', '.join(sorted(missing))}, which came with a later "

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .heldout import Score, score, sums
 from .memory import check_fits, is_out_of_memory
 from .methods import losia_config
 from .processes import Processes, local_rank, local_size
+from .values import file_path
 
 MOST_EXAMPLES = 100_000_000  # of a run, whose batches are planned before it begins: some 4 GB
 MAX_LENGTH = 1024  # unless the flag says otherwise
@@ -152,7 +152,7 @@ def check_model(name: str, what: str = "--model") -> None:
     if hub.is_on_the_hub(name):
         hub.announce("model", name)
         return
-    path = Path(name).expanduser()
+    path = file_path(name)
     if path.is_file():
         raise CliError(f"{what} {name}: a file; a model is a folder that holds config.json")
     if not path.exists():

@@ -18,6 +18,7 @@ import torch
 from losia_pro import delta
 
 from .errors import CliError
+from .values import file_path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("transformers") is None:
         raise CliError("missing packages; pip install transformers")
-    out = Path(args.out).expanduser()
+    out = file_path(args.out)
     _check_free(out)
     try:
         header, tensors = delta.read(args.delta)

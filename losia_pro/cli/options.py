@@ -10,6 +10,7 @@ from typing import Any
 from losia_pro import LosiaConfig
 
 from .errors import CliError
+from .values import file_path
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULERS = {  # our name: Trainer's name and arguments
@@ -109,8 +110,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     options["lr"] = {"losia-pro": rate, "losia": rate, **lr}
     options["compare"] = [m for m in options["compare"] if m != options["method"]]
     for name in ("model", "data", "eval_data", "output"):
-        if options[name] and Path(options[name]).expanduser().exists():
-            options[name] = str(Path(options[name]).expanduser().resolve())
+        if options[name] and file_path(options[name]).exists():
+            options[name] = str(file_path(options[name]).resolve())
     return argparse.Namespace(**options)
 
 
@@ -147,7 +148,7 @@ def differing(given: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
         if name == "lr":
             same = all((before or {}).get(m) == rate for m, rate in value.items())
         elif name in ("model", "data", "eval_data") and value and before:
-            same = same or str(Path(value).expanduser().resolve()) == before
+            same = same or str(file_path(value).resolve()) == before
         if not same:
             found.append(f"--{name.replace('_', '-')} was {before}, now {value}")
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CliError
+from .values import file_path
 
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -34,7 +35,7 @@ class RunFolder:
             CliError: the folder holds another run, or something else.
         """
         if output is not None:
-            path = Path(output).expanduser()
+            path = file_path(output)
         else:
             path, n = Path("runs") / name, 1
             while path.exists():

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from pathlib import Path
 
 METHODS = ("losia-pro", "losia", "lora", "full")
+
+
+def file_path(text: str) -> Path:
+    """``~`` is the home folder; of a user that there is not, it stays what it is: ``Path.expanduser`` would raise."""
+    return Path(os.path.expanduser(text))
 
 
 def count(text: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from .. import data, flags
 from ..errors import CliError
+from ..values import file_path
 
 FOLDER = Path(__file__).parent
 SUFFIXES = (".yaml", ".yml")
@@ -54,7 +55,7 @@ def find(name: str) -> Path:
         CliError: there is none.
     """
     if Path(name).suffix in SUFFIXES:
-        path = Path(name).expanduser()
+        path = file_path(name)
         if not path.is_file():
             raise CliError(f"recipe {name}: no such file")
         return path
