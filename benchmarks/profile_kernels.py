@@ -262,6 +262,9 @@ def run(args: argparse.Namespace) -> int:
     record.content["limits"] = dataclasses.asdict(limits)
     ops = dict.fromkeys(case.op for case in chosen)
     record.content["default_impl"] = {op: dispatch.resolve(op, device) for op in ops}
+    record.content["special_impl"] = {
+        op: found for op in ops if (found := dispatch.resolve_special(op, device))
+    }
     for case in chosen:
         print(f"{record.seconds():.0f} s: {case.name}", flush=True)
         for row in profile(ncu, case, str(device), limits):

@@ -2,8 +2,9 @@
 
 Every op has the implementations "torch" (``torch_ops``), and, where they exist and can run, "triton"
 (``losia_pro.kernels``) and "cuda" (the compiled module ``losia_pro._cuda``). ``impl=None`` takes the
-first usable of ``PREFERENCE``; ``impl="..."`` takes that one or raises; the variable ``LOSIA_IMPL``, read at
-import, names one for the whole process, and where it cannot run a warning says once what runs instead.
+first usable of ``PREFERENCE``, or of ``SPECIAL`` for the operands that it names; ``impl="..."`` takes that one or
+raises; the variable ``LOSIA_IMPL``, read at import, names one for the whole process, and where it cannot run a warning
+says once what runs instead.
 """
 
 from __future__ import annotations
@@ -101,6 +102,13 @@ def resolve(
         raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device}: {why}")
     _warn_fallback(op, asked, str(device), why)
     return "torch"
+
+
+def resolve_special(op: str, device: torch.device | str) -> tuple[str, str] | None:
+    """Which other implementation answers ``op`` on ``device`` for some operands, and for which; None where one answers
+    all."""
+    other = resolve(op, device, special=True)
+    return None if other == resolve(op, device) else (other, SPECIAL[op][0])
 
 
 @functools.cache

@@ -57,6 +57,7 @@ def test_every_operation_is_timed_against_plain_pytorch_and_least_traffic(tmp_pa
             assert row["least_us"] == pytest.approx(least, abs=1e-3)
     assert {"torch", "transformers", "losia_pro", "python"} <= set(record["versions"])
     assert record["device"]["type"] == "cpu" and record["not_shown"] and record["date"]
+    assert record["default_impl"]["subnet_grad"] == "torch" and record["special_impl"] == {}
     printed = capsys.readouterr().out
     assert "Not shown" in printed and "/least" in printed
 

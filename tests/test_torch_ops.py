@@ -285,3 +285,15 @@ def test_an_interpolation_sends_a_number_nowhere(dtype):
     with Made():
         torch_ops.lerp_(tensors, others, 0.25, 1)
     assert {"meta"} in made and all(len(devices) < 2 for devices in made)
+
+
+def test_what_another_implementation_answers_is_told(monkeypatch):
+    monkeypatch.setattr(dispatch, "IMPL", None)
+    assert dispatch.resolve_special("subnet_grad", "cpu") is None
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, device, impl: "")
+    assert dispatch.resolve_special("gather_columns", "cuda") is None
+    assert dispatch.resolve("subnet_grad", "cuda") == "cuda"
+    other = "triton", "aligned runs, more than 2048 tokens"
+    assert dispatch.resolve_special("subnet_grad", "cuda") == other
+    monkeypatch.setattr(dispatch, "IMPL", "cuda")  # then it answers all
+    assert dispatch.resolve_special("subnet_grad", "cuda") is None

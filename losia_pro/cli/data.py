@@ -90,7 +90,7 @@ def load(
         held_out = _read(eval_source, theirs, kind, subset, pair)[1]
     elif share is None:
         name = eval_split or _held_out_split(source, subset)
-        if eval_split and (file_path(source).is_file() or eval_split == split):
+        if eval_split and (is_file(source) or eval_split == split):
             raise CliError(
                 f"--eval-split {eval_split}: {source} has no such split besides the one trained on; "
                 "give a share such as 0.1, or --eval-data"

@@ -107,12 +107,12 @@ def _choice(op: str, device: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # that LOSIA_IMPL falls back is what the table says
         try:
             uses = dispatch.resolve(op, device)
-            special = dispatch.resolve(op, device, special=True)
+            special = dispatch.resolve_special(op, device)
         except ValueError as error:
             raise CliError(f"LOSIA_IMPL: {error}") from error
     implementations = [
         {"name": name, "usable": usable, "reason": reason}
-        | ({"used_for": dispatch.SPECIAL[op][0]} if name == special != uses else {})
+        | ({"used_for": special[1]} if special and name == special[0] else {})
         for name, usable, reason in dispatch.explain(op, device)
     ]
     return {"uses": uses, "implementations": implementations}

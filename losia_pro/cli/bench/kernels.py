@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     measured = devices.limits(device, DTYPES[args.dtype])
     record.content["limits"] = dataclasses.asdict(measured)
     record.content["default_impl"] = {op: dispatch.resolve(op, device) for op in OPS[:-1]}
+    record.content["special_impl"] = {
+        op: found for op in OPS[:-1] if (found := dispatch.resolve_special(op, device))
+    }
     print(
         f"{record.content['device']['name']}: copy {measured.bandwidth / 1e12:.3g} TB/s, "
         f"{args.dtype} product {measured.flops / 1e12:.3g} TFLOP/s"
