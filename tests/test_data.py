@@ -222,6 +222,17 @@ def test_a_part_of_a_file_is_refused_before_it_is_read(tmp_path, part):
             load(str(path), held_out, **part)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_subset_of_a_folder_that_has_none_is_refused(tmp_path, saved):
+    write_lines(tmp_path / "train.jsonl", PAIRS[:4])
+    if saved:
+        (tmp_path / "train.jsonl").rename(tmp_path / "dataset_dict.json")
+    with pytest.raises(
+        CliError, match=f"--subset easy: {tmp_path} has none; a dataset on the hub may"
+    ):
+        load(str(tmp_path), subset="easy")
+
+
 def test_a_part_may_be_that_of_the_held_out_dataset_alone(tmp_path, monkeypatch):
     path, asked = write_lines(tmp_path / "d.jsonl", PAIRS[:4]), []
     monkeypatch.setattr(named, "datasets", lambda: None)

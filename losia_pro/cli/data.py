@@ -75,8 +75,11 @@ def load(
         CliError: with file and line, for anything that cannot be read as one kind of data.
     """
     pair = templates.pair(prompt, response)
-    if all(is_file(name) for name in (source, eval_source) if name is not None):
+    sources = [name for name in (source, eval_source) if name is not None]
+    if all(is_file(name) for name in sources):
         _refuse_parts(source, split=split if split != "train" else None, subset=subset)
+    if subset is not None and not any(_may_have_subsets(name, split) for name in sources):
+        raise CliError(f"--subset {subset}: {source} has none; a dataset on the hub may, or a folder like it")
     for name in (source, eval_source):
         if name is not None and hub.is_on_the_hub(name):
             named.datasets()  # else there is nothing to look with
@@ -105,6 +108,11 @@ def load(
 def is_file(source: str) -> bool:
     """Whether a source is one file, which has neither splits nor subsets."""
     return file_path(source).is_file()
+
+
+def _may_have_subsets(source: str, split: str) -> bool:
+    path = file_path(source)
+    return not (path.is_file() or _split_file(path, split) or named.is_saved(source))
 
 
 def _refuse_parts(source: str, **parts: str | None) -> None:

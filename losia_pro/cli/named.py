@@ -26,8 +26,10 @@ def datasets() -> Any:
     return package
 
 
-def _is_saved(source: str) -> bool:
-    return any(os.path.isfile(os.path.join(source, f)) for f in ("state.json", "dataset_dict.json"))
+def is_saved(source: str) -> bool:
+    """Whether it is a folder that the package's ``save_to_disk`` has written."""
+    name = os.path.expanduser(source)
+    return any(os.path.isfile(os.path.join(name, f)) for f in ("state.json", "dataset_dict.json"))
 
 
 def rows(source: str, split: str, subset: str | None) -> Iterable[tuple[str, Any]]:
@@ -40,7 +42,7 @@ def rows(source: str, split: str, subset: str | None) -> Iterable[tuple[str, Any
     name = os.path.expanduser(source)
     here = os.path.isdir(name)
     try:
-        if _is_saved(name):
+        if is_saved(source):
             loaded = package.load_from_disk(name)
             if hasattr(loaded, "keys"):
                 if split not in loaded:
@@ -66,7 +68,7 @@ def splits(source: str, subset: str | None) -> list[str]:
     package = datasets()
     name = os.path.expanduser(source)
     try:
-        if _is_saved(name):
+        if is_saved(source):
             loaded = package.load_from_disk(name)
             return list(loaded) if hasattr(loaded, "keys") else []
         return list(package.get_dataset_split_names(name, subset))
