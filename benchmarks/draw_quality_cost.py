@@ -47,11 +47,11 @@ STEPS = {  # method of benchmarks.quality: method of losia-pro bench step
     "losia-1/4-T50": "losia-pro-1/4x1/4+profile",
     "losia-1/4-g8": "losia-pro-1/4x1/4-g8",
     "losia-1/4-g16": "losia-pro-1/4x1/4-g16",
-    "losia-default-decay-0.7": "losia-pro-default",  # a decay's rate costs nothing
-    "losia-default-decay-1": "losia-pro-default",
-    "losia-default-no-decay": "losia-pro-default-base_decay=0",
-    "losia-default-g16": "losia-pro-default-g16",
-    "losia-default-g16-shared": "losia-pro-default-g16-shared",
+    "losia-default-shared": "losia-pro-default-shared",
+    "losia-single": "losia-pro-default-g1",
+    "losia-single-decay-0.5": "losia-pro-default-g1",  # a decay's rate costs nothing
+    "losia-single-decay-1": "losia-pro-default-g1",
+    "losia-single-no-decay": "losia-pro-default-g1-base_decay=0",
     "losia-1/16x1-decay": "losia-pro-1/16x1-base_decay=0.5",
     "losia-1/8x1-decay": "losia-pro-1/8x1-base_decay=0.5",
     "losia-1/8x1": "losia-pro-1/8x1",

@@ -39,14 +39,14 @@ def convert(
     for names in sets:
         size, n_in = linears[names[0]].in_features, sizes[names[0]][1]
         if len(names) > 1 and n_in < size:
-            inputs = SharedInputs(random_neurons(size, n_in, config.neuron_group, generator))
+            inputs = SharedInputs(random_neurons(size, n_in, config.group(size), generator))
             shared |= dict.fromkeys(names, inputs)
     new = {
         name: (SubnetView if isinstance(linear, View) else SubnetLinear).from_linear(
             linear,
             n_out=sizes[name][0],
             n_in=sizes[name][1],
-            neuron_group=config.neuron_group,
+            neuron_group=_group(sizes[name], linear, config),
             shared=shared.get(name),
             subnet_dtype=torch.bfloat16 if config.subnet_dtype else None,
             train_bias=config.train_bias,
@@ -57,6 +57,12 @@ def convert(
         for name, linear in linears.items()
     }
     return new, _swaps(linears, new)
+
+
+def _group(size: tuple[int, int], linear: Any, config: LosiaConfig) -> int:
+    """The runs of the side that is not whole: of the inputs, or of the output head's outputs."""
+    whole_in = size[1] == linear.in_features
+    return config.neuron_group or 1 if whole_in else config.group(linear.in_features)
 
 
 def _swaps(linears: Mapping[str, Any], new: Mapping[str, SubnetLinear]) -> list[Swap]:

@@ -225,7 +225,7 @@ def subnet_sizes(
     sizes = {}
     for name, linear in linears.items():
         if name == head:
-            n_out = subnet_size(linear.out_features, config.output_factor, config.neuron_group)
+            n_out = subnet_size(linear.out_features, config.output_factor, config.neuron_group or 1)
             n_in = linear.in_features
         else:
             n_out, n_in = (

@@ -137,6 +137,7 @@ class SubnetLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        self.neuron_group = neuron_group
         whole_out, whole_in = n_out == self.out_features, n_in == self.in_features
         self.groups = (  # the aligned runs of out_idx and of in_idx; where all are chosen, one of all
             self.out_features if whole_out else neuron_group,
@@ -163,8 +164,7 @@ class SubnetLinear(nn.Linear):
         return dtype if dtype == self._subnet_dtype else compact_dtype(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Looked up in a tenth of the time that self.subnet takes:
-        own: dict[str, Any] = self._parameters
+        own: dict[str, Any] = self._parameters  # a tenth of the time that self.subnet takes
         indices: dict[str, Any] = self._buffers
         if not torch.compiler.is_compiling():
             self._guard.check()

@@ -239,7 +239,8 @@ def relocate(modules: Sequence[SubnetLinear], config: LosiaConfig) -> list[Move]
         return None
     last = [(m.out_idx.clone(), m.in_idx.clone()) for m in modules]
     n_out, n_in = [m.subnet.shape[0] for m in modules], modules[0].subnet.shape[1]
-    out_idx, in_idx = localize_together(scores, n_out, n_in, config.strategy, config.neuron_group)
+    group = modules[0].neuron_group
+    out_idx, in_idx = localize_together(scores, n_out, n_in, config.strategy, group)
     select_together(modules, out_idx, in_idx)
     moves = []
     for module, score, total, (old_out, old_in) in zip(modules, scores, totals, last, strict=True):

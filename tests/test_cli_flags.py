@@ -19,15 +19,15 @@ def test_rates_by_method_override_one_for_all():
     rates = values.learning_rates("1e-3, lora=3e-3")
     assert rates == {"losia-pro": 1e-3, "losia": 1e-3, "lora": 3e-3, "full": 1e-3}
     resolved = options.resolve({"model": "m", "data": "d", "lr": {"full": 0.5}})
-    assert resolved.lr == {"losia-pro": 3.5, "losia": 3.5, "lora": 2e-4, "full": 0.5}
+    assert resolved.lr == {"losia-pro": 3.7, "losia": 3.7, "lora": 2e-4, "full": 0.5}
 
 
 @pytest.mark.parametrize(
     ("sizes", "rate"),
     [
-        ({}, 1.4e-4),  # 2e-5 (32/3)^0.82
-        ({"rank_factor": 1 / 8}, 6.1e-4),  # 2e-5 64^0.82
-        ({"in_factor": 1 / 64}, 6.1e-4),
+        ({}, 1.5e-4),  # 2e-5 (32/3)^0.85
+        ({"rank_factor": 1 / 8}, 6.9e-4),  # 2e-5 64^0.85
+        ({"in_factor": 1 / 64}, 6.9e-4),
         ({"rank_factor": 1.0}, 2e-5),
         ({"rank_factor": 1 / 8, "lr": {"losia-pro": 1e-3}}, 1e-3),
     ],

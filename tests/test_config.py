@@ -27,7 +27,7 @@ REFUSED = {
     "base_decay": (-0.1, NAN, INF, None, "0.5", True),
     "beta1": (-0.1, 1, 1.0, NAN, "a", None, False),
     "beta2": (-1, 1.0, INF, "0.8", None, True),
-    "neuron_group": (0, -8, 2.5, 8.0, None, "8", True),
+    "neuron_group": (0, -8, 2.5, 8.0, "8", True),
     "seed": (-1, 2**64, 1.0, "a", None, True),
     "mode": ("Pro", "", None, 1),
     "init": ("calibrated", None, True),

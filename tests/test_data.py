@@ -228,7 +228,7 @@ def test_a_subset_of_a_folder_that_has_none_is_refused(tmp_path, saved):
     if saved:
         (tmp_path / "train.jsonl").rename(tmp_path / "dataset_dict.json")
     with pytest.raises(
-        CliError, match=f"--subset easy: {tmp_path} has none; a dataset on the hub may"
+        CliError, match=f"--subset easy: {tmp_path} has none; datasets on the hub may"
     ):
         load(str(tmp_path), subset="easy")
 

@@ -62,6 +62,35 @@ def test_the_gradient_is_the_dense_ones_slice(settings):
         torch.testing.assert_close(m.subnet.grad, dense, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_by_default_inputs_come_in_runs_of_16_where_there_are_three_or_more(shared, monkeypatch):
+    """Before and after moves; the output head, and small layers, have single neurons."""
+    monkeypatch.setattr(dispatch, "DEBUG", True)
+    model, batches = toys.stack(width=512, hidden=100), toys.batches(4, width=512)
+    config = LosiaConfig(period=1, output_factor=0.4, share_inputs=shared)
+    losia = losia_pro.attach(model, config, example=batches[0][:1] if shared else None)
+    optimizer = torch.optim.SGD(losia.parameters(), lr=0.1)
+    losia.bind(optimizer)
+    up, down, head = model.layers[0].up, model.layers[0].down, model.head
+    assert [up.groups[1], down.groups[1], head.groups] == [16, 1, (1, 512)]
+    assert [m.subnet.shape for m in (up, down, head)] == [(100, 48), (512, 9), (3, 512)]
+    first = {m: m.in_idx.clone() for m in (up, down)}
+    list(toys.train(model, optimizer, batches))
+    assert len(losia.history) == 7
+    for m, idx in first.items():
+        assert aligned(m.in_idx, m.groups[1]) and not torch.equal(m.in_idx, idx)
+
+
+def test_a_size_of_ones_own_is_of_single_neurons_unless_runs_are_asked_for():
+    sizes = ({"rank_factor": 1 / 8}, {"in_factor": 3 / 32}, {"out_factor": 1.0})
+    assert [LosiaConfig(**size).neuron_group for size in sizes] == [1, 1, 1]
+    assert LosiaConfig(neuron_group=1).n_in(1000) == 93
+    assert [LosiaConfig().n_in(n) for n in (511, 512, 1000, 4096)] == [47, 48, 80, 384]
+    assert LosiaConfig(neuron_group=8).n_in(1000) == 88
+    for config in (LosiaConfig(), LosiaConfig(rank_factor=1 / 8), LosiaConfig.paper()):
+        assert LosiaConfig(**config.to_dict()) == config
+
+
 def test_whole_sides_are_neither_gathered_nor_copied():
     x, kept = torch.randn(5, 16), []
     layer = SubnetLinear.from_linear(torch.nn.Linear(16, 24), n_in=16, n_out=3)

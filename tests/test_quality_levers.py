@@ -72,7 +72,7 @@ PAPERS = {
 
 def test_a_lever_makes_another_run_and_none_makes_the_same():
     plain = losia(**levers.FIXED)
-    assert plain.decides() == METHODS["losia-default-no-decay"].decides()
+    assert plain.decides() == METHODS["losia-single-no-decay"].decides()
     assert losia(**levers.FIXED, lever={}).decides() == plain.decides()
     texts = {losia(**levers.FIXED, lever={"zero_decay": d}).decides() for d in (0.1, 0.5)}
     assert len(texts | {plain.decides()}) == 3

@@ -221,7 +221,7 @@ def draw(path: Path, out: Path) -> None:
     ("flags", "message"),
     [
         ("--methods nonsense", "is none of full, lora-r8"),
-        ("--targets fortran", "is none of cpp, signature"),
+        ("--targets fortran", "is none of cpp, order"),
     ],
 )
 def test_a_name_that_means_nothing_is_refused(flags, message, capsys, tmp_path):

@@ -13,7 +13,6 @@ pytest.importorskip("peft")
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import choice, corpora, record, settings, sources, table
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.plan import FIRST_SEEDS
 
 from losia_pro.cli.errors import CliError
 
@@ -77,7 +76,7 @@ def test_a_record_without_all_final_runs_makes_no_table():
 def test_the_plain_command_trains_the_tables_methods():
     args = command.parser().parse_args([])
     assert command._methods(args) == table.METHODS and set(table.METHODS) < set(METHODS)
-    assert choice.targets(args, choice.ORDER) == list(choice.ORDER[:5])
+    assert choice.targets(args, choice.ORDER) == list(choice.ORDER[:7])
     assert (args.size, args.budget, args.seeds) == ("26m", 3000.0, 5)
     assert args.budget + 600 <= 3600  # with its start, an hour
     args = command.parser().parse_args("--tiers 3 --size toy --targets all".split())
@@ -98,7 +97,7 @@ def test_the_table_of_the_readme_is_the_recorded_one_and_one_commands():
     args = command.parser().parse_args([])
     plan = head["plan"]
     assert head["study"] is None
-    assert min(row["n"] for row in json.loads(RECORD.read_text())["rows"]) > FIRST_SEEDS
+    assert all(row["n"] == args.seeds for row in json.loads(RECORD.read_text())["rows"])
     assert set(plan["methods"]) == set(table.METHODS)
     assert plan["targets"] == choice.targets(args, choice.ORDER)
     assert (plan["seeds"], plan["tuning_seeds"]) == (args.seeds, args.tuning_seeds)

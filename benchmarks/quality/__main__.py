@@ -42,7 +42,7 @@ from .settings import SIZES, TARGETS, WORKERS, Setting
 
 CONTINUAL = "continual"  # the study that tunes to all targets, one after another
 SEQUENCE = (
-    "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-default".split()
+    "full lora-r8 losia-paper-T10 losia-1/8 losia-1/4 losia-default losia-single".split()
 )  # that study's methods
 TABLE = [name for name in METHODS if ": " not in name]  # without the studies' configurations
 SETTINGS = (

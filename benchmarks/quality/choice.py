@@ -10,7 +10,7 @@ from losia_pro.cli.values import names
 
 from .settings import TARGETS
 
-ORDER = ("cpp", "signature", "docs", "imports", "config", "man", "perl", "stubs", "order", "parens")
+ORDER = ("cpp", "order", "docs", "parens", "config", "signature", "imports", "man", "perl", "stubs")
 
 
 def wanted(args: argparse.Namespace) -> tuple[Sequence[str], int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import losia_pro
 from losia_pro import LosiaConfig
-from losia_pro.config import IN_FACTOR, OUT_FACTOR
+from losia_pro.config import GROUP, IN_FACTOR, OUT_FACTOR
 
 from .corpora import Part
 from .model import training_loss
@@ -49,6 +49,7 @@ class Method:
             settings = {k: v for k, v in settings.items() if v is not None}
             if not SIZES & settings.keys():  # the default's, which may be another one day
                 settings |= {"in_factor": IN_FACTOR, "out_factor": OUT_FACTOR}
+                settings.setdefault("neuron_group", GROUP)
             if {"in_factor", "out_factor"} <= settings.keys():
                 settings.pop("rank_factor", None)  # overridden
             if not settings["base_decay"]:  # it came later
@@ -82,11 +83,11 @@ METHODS = {
     "losia-1/4": losia(1, rank_factor=1 / 4, **FIXED),
     "losia-1/16x1": losia(1, in_factor=1 / 16, out_factor=1, **FIXED),
     "losia-default": Method("losia", -4, 1),
-    "losia-default-decay-1": Method("losia", -4, 1, {"base_decay": 1.0}),
-    "losia-default-decay-0.7": Method("losia", -4, 1, {"base_decay": 0.7}),
-    "losia-default-no-decay": Method("losia", -4, 1, {"base_decay": 0.0}),
-    "losia-default-g16": Method("losia", -4, 1, {"neuron_group": 16}),
-    "losia-default-g16-shared": Method("losia", -4, 1, {"neuron_group": 16, "share_inputs": True}),
+    "losia-default-shared": Method("losia", -4, 1, {"share_inputs": True}),
+    "losia-single": Method("losia", -4, 1, {"neuron_group": 1}),
+    "losia-single-decay-0.5": Method("losia", -4, 1, {"neuron_group": 1, "base_decay": 0.5}),
+    "losia-single-decay-1": Method("losia", -4, 1, {"neuron_group": 1, "base_decay": 1.0}),
+    "losia-single-no-decay": Method("losia", -4, 1, {"neuron_group": 1, "base_decay": 0.0}),
     "losia-1/16x1-decay": losia(1, in_factor=1 / 16, out_factor=1, base_decay=0.5, **FIXED),
     "lora-as-3/32x1": _lora(1, area=3 / 32),
     "losia-1/8x1-decay": losia(1, in_factor=1 / 8, out_factor=1, base_decay=0.5, **FIXED),

@@ -13,9 +13,9 @@ from typing import Any
 from .plan import BASE, Row
 
 METHODS = (
-    "full lora-r8 lora-r8-decay lora-as-3/32x1 lora-as-1/8 pissa-r8 dora-r8 losia-default losia-default-decay-0.7 "
-    "losia-default-decay-1 losia-default-no-decay losia-1/16x1-decay losia-1/8x1-decay losia-1/4 losia-1/8 "
-    "losia-paper-T10"
+    "full lora-r8 lora-r8-decay lora-as-3/32x1 lora-as-1/8 pissa-r8 dora-r8 losia-default losia-default-shared "
+    "losia-single losia-single-decay-0.5 losia-single-decay-1 losia-single-no-decay losia-1/16x1-decay "
+    "losia-1/8x1-decay losia-1/4 losia-1/8 losia-paper-T10"
 ).split()
 RIVAL = "lora-r8"
 

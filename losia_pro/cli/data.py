@@ -79,7 +79,7 @@ def load(
     if all(is_file(name) for name in sources):
         _refuse_parts(source, split=split if split != "train" else None, subset=subset)
     if subset is not None and not any(_may_have_subsets(name, split) for name in sources):
-        raise CliError(f"--subset {subset}: {source} has none; a dataset on the hub may, or a folder like it")
+        raise CliError(f"--subset {subset}: {source} has none; datasets on the hub may")
     for name in (source, eval_source):
         if name is not None and hub.is_on_the_hub(name):
             named.datasets()  # else there is nothing to look with

@@ -26,7 +26,7 @@ SUBNETS = (  # flags that are LosiaConfig's fields
     "impl", "rank_factor", "in_factor", "out_factor", "output_factor", "neuron_group", "share_inputs", "period",
     "base_decay", "target_modules", "init", "seed",
 )  # fmt: skip
-RATE_POWER = -0.82  # of the share trained, by the searches of benchmarks/results/quality-26m.json
+RATE_POWER = -0.85  # of the share trained, by the searches of benchmarks/results/quality-26m.json
 DEFAULTS: dict[str, Any] = {
     "recipe": None,
     "tasks": [],  # that the recipe names, for losia-pro evaluate
