@@ -1,8 +1,8 @@
 """The ways to tune that are compared, by name, and how each makes a model ready.
 
 floor              all weights frozen, no optimizer: forward and the gradient with respect to the inputs
-losia-pro          p = 1/8, subnets that stay; parts may follow, each after a dash: default (LosiaConfig()'s sizes and
-                   decay instead), gN (neuron_group=N), AxB (in_factor=A, out_factor=B), rect (1/64x1), shared
+losia-pro          p = 1/8, subnets that stay; parts may follow, each after a dash: default (LosiaConfig()'s sizes,
+                   runs and decay instead), gN (neuron_group=N), AxB (in_factor=A, out_factor=B), rect (1/64x1), shared
                    (share_inputs), bf16 (subnet_dtype="bfloat16"), torch (plain PyTorch slicing), or any field of
                    LosiaConfig as key=value; +profile keeps one layer profiled all the time
 lora-rN            LoRA of rank N, lean: adapters in the weights' dtype, no dropout
@@ -28,8 +28,8 @@ from losia_pro.profile import Profile
 from ..errors import CliError
 
 DEFAULT = (
-    "floor losia-pro losia-pro+profile losia-pro-g8 losia-pro-g16 losia-pro-g16-shared losia-pro-rect "
-    "losia-pro-torch lora-r16 lora-r64 lora-peft-r16 lora-peft-r64 dora-r64 full"
+    "floor losia-pro-default losia-pro losia-pro+profile losia-pro-g8 losia-pro-g16 losia-pro-g16-shared "
+    "losia-pro-rect losia-pro-torch lora-r16 lora-r64 lora-peft-r16 lora-peft-r64 dora-r64 full"
 ).split()
 PARTS: dict[str, dict[str, Any]] = {
     "shared": {"share_inputs": True},
