@@ -76,7 +76,7 @@ def test_a_record_without_all_final_runs_makes_no_table():
 def test_the_plain_command_trains_the_tables_methods():
     args = command.parser().parse_args([])
     assert command._methods(args) == table.METHODS and set(table.METHODS) < set(METHODS)
-    assert choice.targets(args, choice.ORDER) == list(choice.ORDER[:7])
+    assert choice.targets(args, choice.ORDER) == list(choice.ORDER[:5])
     assert (args.size, args.budget, args.seeds) == ("26m", 3000.0, 5)
     assert args.budget + 600 <= 3600  # with its start, an hour
     args = command.parser().parse_args("--tiers 3 --size toy --targets all".split())

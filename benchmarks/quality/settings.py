@@ -57,7 +57,7 @@ SIZES = {
         **{**_26M, "hidden": 768, "intermediate": 2048, "layers": 14, "heads": 12, "pretrain_steps": 3000}
     ),
 }  # fmt: skip
-TARGETS = {"toy": 3, "26m": 7, "100m": 5}  # the first ones of those that a machine has
+TARGETS = {"toy": 3, "26m": 5, "100m": 5}  # the first ones of those that a machine has
 WORKERS = {"toy": 8, "26m": 8, "100m": 4}  # on one GPU of 80 GB; never more than half of the cores
 
 
