@@ -24,7 +24,7 @@ BACKGROUND, GREY = "#FCFCFC", "#BBBBBB"
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#E69F00", "#56B4E9", "#000000"
 STYLE = {"losia-pro": (BLUE, "o"), "lora": (ORANGE, "^"), "full": (BLACK, "D")}
 
-# The sketch's layer: 3/32 of the inputs and all outputs are chosen.
+# The sketch's layer: 512 inputs, a column for each run of 16, of which 3/32 are chosen, and all outputs.
 OUT, IN, COLUMNS = 20, 32, (7, 18, 22)
 
 
@@ -40,7 +40,7 @@ def layer(axes: Axes) -> None:
     axes.tick_params(length=0)
     axes.set_xticks([c + 0.44 for c in COLUMNS], [""] * len(COLUMNS))
     axes.set_yticks([])
-    axes.set_xlabel("by default: 3/32 of the inputs")
+    axes.set_xlabel("by default: 3/32 of the inputs, in runs of 16")
     axes.set_ylabel("all outputs")
     axes.set_title("The trained block of a layer")
     for side in axes.spines.values():

@@ -1,6 +1,6 @@
 """Draw the error bound of a record of ``python -m benchmarks.quality --study bound``:
 
-    python -m benchmarks.draw_quality_bound benchmarks/results/quality-error-bound.json
+    python -m benchmarks.draw_quality_bound benchmarks/results/quality-bound-26m.json
 
 docs/quality-error-bound.png has, from left to right: each layer's measured error against its bound; what is left of
 both when more is trained; and the share of the whole step's gain. Means over the targets.

@@ -5,7 +5,7 @@
 
 Flops: 2 T out in. Bytes, e an element of dy, x and W: T (out + in) e and, for each of out x in entries, e of W and
 4 k of importance and uncertainty, read and written with k bytes each (2 for 16-bit weights, else 4). For 4096 x 4096,
-T = 8192, all in bf16: 275 GFLOP, 0.36 ms of a Hopper GPU's matrix units, and 0.30 GB, 0.07 ms of its memory: the
+T = 8192, all in bf16: 275 GFLOP, 0.35 ms of a Hopper GPU's matrix units, and 0.30 GB, 0.07 ms of its memory: the
 product decides, and the epilogue costs as much of its own time as does not overlap with another program's product.
 
 The shape: a tiled product whose sum runs over tokens, both operands read token-major by bulk copies. The gradient

@@ -2,14 +2,14 @@
 
 Flops: 2 T n_out n_in. Bytes, e an element: T n_in e of x_sub, and of dy every 32-byte sector that holds a
 chosen column (88 % of it at e = 2 and one in 8 chosen; the chosen bytes alone in aligned runs of 16). For
-4096 x 4096, T = 8192, bf16: 4.3 GFLOP, 6 us of a Hopper GPU's matrix units, and 68 MB, 16 us of its memory, of
+4096 x 4096, T = 8192, bf16: 4.3 GFLOP, 5 us of a Hopper GPU's matrix units, and 68 MB, 16 us of its memory, of
 single neurons, or 17 MB, 4 us, of aligned runs.
 
 The shape: a tiled product whose sum runs over tokens. Both operands lie token-major, so a tile of either is
 loaded as BLOCK_K tokens x columns, and the product transposes the first. n_out x n_in is small (512 x 512)
 and T long, so the tokens are split over SPLIT programs a tile to fill the device; each writes its partial sum
 in fp32, and `sum_splits_kernel` adds them in a fixed order: no atomics, the same bits every run. Letting the last
-program of a tile add them up, in one launch, took 1.0 to 1.45 times as long on an H200, since it reads the parts alone.
+program of a tile add them up, in one launch, took up to 1.43 times as long on an H200, since it reads the parts alone.
 
 The processors are filled once: with one program each, or with PROGRAMS of fp32 operands, whose steps have only other
 programs of their processor to hide their waits behind. So the parts take 4 BLOCK_M BLOCK_N bytes a program at most, in
@@ -17,7 +17,7 @@ the tiles of `_tiles` 9 MB on 132 processors, however many tokens there are. Of 
 at a time and their sums added up: one chain of many multiply-adds errs more than a library's product does, and with
 short chains no split has to be short.
 
-Three ways to dy's columns, each where it was the fastest on an H200:
+Three ways to dy's columns, each where it was the fastest on an H200 at most shapes:
 - aligned runs (GROUP > 1) are gathered inside the product, in 16-byte loads that the compiler pipelines;
 - all columns are the library's product, which needs no gather;
 - single neurons are gathered first, by `gather_columns`, and multiplied by the library: inside the product each of the

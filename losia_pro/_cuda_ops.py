@@ -23,7 +23,7 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/losia.h
 
 # Entries of a product at a time: 32 MiB in fp32, half of an H200's L2, so that they are still there when they are read.
-# Of few rows the library's product is slow: of 128 x 28672 it takes three times as long an entry as of all.
+# Of few rows the library's product is slow.
 _CHUNK, _LEAST_ROWS = 2**23, 256
 
 
@@ -268,7 +268,7 @@ def _launch(kernel: Callable[..., None], device: torch.device, *arguments: objec
     too, so where it was another it is put back."""
     index = device.index
     assert index is not None
-    stream = torch._C._cuda_getCurrentRawStream(index)  # a tenth of current_stream's time
+    stream = torch._C._cuda_getCurrentRawStream(index)  # sooner than current_stream
     if torch._C._cuda_getDevice() == index:
         kernel(*arguments, index, stream)
     else:

@@ -35,7 +35,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 SMALL = 2**20
 # Which answers instead, and of what. A small weight is too few large tiles for Triton: on an H200, 2048 x 256 takes it
-# 40.7 us and CUDA 19.9 for 8192 tokens, 8.8 and 7.6 for 512, and 4096 x 1024 takes them 98.3 and 102 for 8192; SMALL
+# 40.8 us and CUDA 21.9 for 8192 tokens, 8.7 and 7.6 for 512, and 4096 x 1024 takes them 99 and 103 for 8192; SMALL
 # lies between the two.
 SPECIAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "subnet_grad": (f"aligned runs, more than {SHORT} tokens", ("triton", "cuda", "torch")),
@@ -153,7 +153,7 @@ def eager() -> bool:
 
 def plain(t: Tensor) -> bool:
     """Whether an op may be called as the Python function that answers, its operands being checked: nothing is
-    there to see it go by. The dispatcher takes as long as a launch."""
+    there to see it go by, and the dispatcher would take time for nothing."""
     return not (
         DEBUG
         or torch.compiler.is_compiling()
@@ -168,6 +168,6 @@ def left_to_compiler(impl: str | None, group: int) -> bool:
     implementation was asked for.
 
     It sees what it may fuse, drop or recompute, and recomputes a gather whose ``x`` it keeps for another's sake: a
-    compiled step of LLaMA-2 7B took an H200 414 ms and 42.5 GB so, 416 ms and 44.6 GB with the ops.
+    compiled step of LLaMA-2 7B took an H200 414 ms and 42.5 GB so, 416 ms and 44.6 GB with the ops (results/tried/).
     """
     return impl is None and IMPL is None and group == 1 and torch.compiler.is_compiling()

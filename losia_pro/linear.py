@@ -164,7 +164,7 @@ class SubnetLinear(nn.Linear):
         return dtype if dtype == self._subnet_dtype else compact_dtype(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        own: dict[str, Any] = self._parameters  # a tenth of the time that self.subnet takes
+        own: dict[str, Any] = self._parameters  # sooner than self.subnet
         indices: dict[str, Any] = self._buffers
         if not torch.compiler.is_compiling():
             self._guard.check()

@@ -32,7 +32,7 @@ class SavedEarly:
     """What the backward needs, handed to the saved-tensor hooks in force *before* the dense product.
 
     A Function saves after its forward, but checkpointing stops recomputing a block at its last saved
-    tensor: saved late, the block's last product would be recomputed for nothing, 5 % of a step.
+    tensor: saved late, the block's last product would be recomputed for nothing.
     Only the activations go through the hooks. The weight and the indices are the module's own; that they
     are still the same is checked here, as autograd does for the tensors it saves.
     """

@@ -284,10 +284,9 @@ def test_the_readme_has_the_recorded_rule():
     head, _ = record.read(RECORD)
     rule = head["rate_rule"]
     text = " ".join((RECORD.parents[2] / "README.md").read_text().split())
-    times = [round(share ** rule["power"]) for share in (IN_FACTOR * OUT_FACTOR, 1 / 64)]
-    says = (
-        f"the rate of full fine-tuning times the trained share to the power of {rule['power']:.2f}"
-    )
+    power = round(rule["power"], 2)
+    times = [round(share**power) for share in (IN_FACTOR * OUT_FACTOR, 1 / 64)]
+    says = f"the rate of full fine-tuning times the trained share to the power of {power}"
     assert says in text
     assert f"{times[0]} times for `LosiaConfig()`, {times[1]} times for `rank_factor=1/8`" in text
 

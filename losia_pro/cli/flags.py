@@ -194,7 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LR|METHOD=LR,...",
         help="for all methods or by method, e.g. 1e-3 or lora=3e-3,full=1e-3 (default: "
         + ", ".join(f"{m}={lr:g}" for m, lr in d["lr"].items())
-        + f", subnets' full's times the share trained to the power of {RATE_POWER}; starting points, not tuned for "
+        + f", of subnets full's times the trained share to the power of {RATE_POWER}; starting points, not tuned for "
         "your model)",
     )
     g.add_argument("--scheduler", choices=tuple(SCHEDULERS), help=f"(default: {d['scheduler']})")

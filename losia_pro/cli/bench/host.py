@@ -90,7 +90,7 @@ class Least(nn.Module):
         self.register_buffer("in_idx", layer.in_idx)
 
     def forward(self, x: Tensor) -> Tensor:
-        own: dict[str, Any] = self._parameters  # quicker than self.weight
+        own: dict[str, Any] = self._parameters  # sooner than self.weight
         idx: dict[str, Any] = self._buffers
         apply = LeastFunction.apply if torch.compiler.is_compiling() else _apply
         return apply(x, own["weight"], own["subnet"], idx["out_idx"], idx["in_idx"])  # type: ignore[no-any-return]
