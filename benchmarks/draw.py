@@ -159,7 +159,7 @@ def kernel_figure(rows: list[Row], device: str) -> Figure:
     ops = [op for op in OPS if any(row["op"] == op for row in rows)]
     figure = Figure(figsize=(3.6 * len(ops) + 0.6, 4.4), layout="constrained", dpi=160)
     figure.set_facecolor(BACKGROUND)
-    panels = figure.subplots(1, len(ops), squeeze=False)[0]
+    panels = figure.subplots(1, len(ops), squeeze=False, sharey=True)[0]
     for axes, op in zip(panels, ops, strict=True):
         for selection, (colour, marker, _) in SELECTIONS.items():
             chosen = [r for r in rows if r["op"] == op and r["selection"] == selection]
