@@ -10,7 +10,7 @@ from losia_pro.cli.bench.table import number, table
 
 from .plan import BASE, Plan, Row
 
-RIVALS = ("lora-r8", "lora-as-3/32x1", "lora-as-1/8", "losia-default")
+RIVALS = ("lora-r8", "lora-r12", "lora-as-3/32x1", "lora-as-1/8", "losia-default")
 FIGURES = ("test_loss", "old_loss", "test_exact")
 SIGNIFICANT = 0.05  # p of a paired test
 

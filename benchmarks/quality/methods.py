@@ -98,6 +98,7 @@ METHODS = {
     "losia-1/4-calibrated": losia(2, rank_factor=1 / 4, **CALIBRATED),
     "losia-1/4-g16": losia(2, rank_factor=1 / 4, neuron_group=16, **FIXED),
     "losia-1/4-T10": losia(2, rank_factor=1 / 4, period=10),
+    "lora-r12": _lora(2, r=12),  # of the larger model's hidden size, what 8 is of the other's
     "dora-r8": _lora(2, r=8, use_dora=True),
     "pissa-r8": _lora(2, start=-6, r=8, lora_alpha=8, init_lora_weights="pissa_niter_16"),
     "losia-paper-T50": losia(3, **PUBLISHED, period=50),
