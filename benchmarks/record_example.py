@@ -25,6 +25,7 @@ SETTINGS = (
     "lr",
     "in_factor",
     "out_factor",
+    "neuron_group",
     "period",
     "base_decay",
 )

@@ -63,6 +63,7 @@ class Results:
             "warmup",
             "in_factor",
             "out_factor",
+            "neuron_group",
             "period",
             "base_decay",
         )

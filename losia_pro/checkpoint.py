@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from . import base, sharded
 from .profile import Profile
 from .reselect import Reselection
-from .selection import select_together
+from .selection import groups_of, select_together
 
 if TYPE_CHECKING:
     from .controller import Losia
@@ -29,10 +30,11 @@ SETTINGS = (
     "beta2",
     "rewarm",
     "base_decay",
-    "neuron_group",
     "share_inputs",
     "subnet_dtype",
 )
+# Those that are compared by what they make of each linear.
+SIZES = ("rank_factor", "in_factor", "out_factor", "neuron_group")
 KEYS = {"version", "config", "base_digest", "step", "history", "modules"}
 
 
@@ -91,14 +93,20 @@ def _check(losia: Losia, state: dict[str, Any]) -> None:
             raise ValueError(
                 f"the state was saved with {key}={theirs!r}, this run has {key}={ours!r}"
             )
+    then = replace(losia.config, **{key: state["config"].get(key) for key in SIZES})
     for name, m in losia.modules.items():
         s = saved[name]
-        theirs = tuple(s["features"]), tuple(s["subnet"].shape)
+        features, n = tuple(s["features"]), tuple(s["subnet"].shape)
         ours = (m.out_features, m.in_features), tuple(m.subnet.shape)
-        if theirs != ours:
+        if (features, n) != ours:
             raise ValueError(
-                f"{name}: the state has a subnet {theirs[1]} of {theirs[0]}, this model {ours[1]} of "
-                f"{ours[0]}"
+                f"{name}: the state has a subnet {n} of {features}, this model {ours[1]} of {ours[0]}"
+            )
+        runs = groups_of(features, n, then.group(features[1], n[1] == features[1]))
+        if runs != m.groups:
+            raise ValueError(
+                f"{name}: the state was saved with neuron_group={then.neuron_group}, outputs and inputs in runs of "
+                f"{runs}; this run has neuron_group={losia.config.neuron_group} and runs of {m.groups}"
             )
 
 

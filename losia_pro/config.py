@@ -114,9 +114,6 @@ class LosiaConfig:
             value = getattr(self, name)
             if not any(type(value) is type(a) and value == a for a in allowed):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        sizes = self.rank_factor, self.in_factor, self.out_factor
-        if self.neuron_group is None and sizes != (None, None, None):
-            object.__setattr__(self, "neuron_group", 1)
         if self.schedule == "sync" and self.period is None:
             raise ValueError(
                 "schedule='sync' profiles all groups in every slot, and with period=None there are no slots: give a "
@@ -165,11 +162,14 @@ class LosiaConfig:
         shared = {"rank_factor": 1 / 8, "beta1": 0.85, "beta2": 0.85, "base_decay": 0.0}
         return cls(**{**shared, **_PAPER[task], **changes})
 
-    def group(self, in_features: int) -> int:
-        """How many neurons are in a run, of a targeted linear with that many inputs."""
+    def group(self, in_features: int, head: bool = False) -> int:
+        """How many neurons are in a run, of a targeted linear with that many inputs, or of the output head, which
+        keeps them all."""
         if self.neuron_group is not None:
             return self.neuron_group
-        return GROUP if subnet_size(in_features, IN_FACTOR) >= FEWEST_GROUPS * GROUP else 1
+        sized = (self.rank_factor, self.in_factor, self.out_factor) != (None, None, None)
+        few = subnet_size(in_features, IN_FACTOR) < FEWEST_GROUPS * GROUP
+        return 1 if head or sized or few else GROUP
 
     def n_in(self, in_features: int) -> int:
         """``|X_S|`` of a targeted linear with that many inputs."""

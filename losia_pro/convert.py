@@ -46,7 +46,7 @@ def convert(
             linear,
             n_out=sizes[name][0],
             n_in=sizes[name][1],
-            neuron_group=_group(sizes[name], linear, config),
+            neuron_group=config.group(linear.in_features, sizes[name][1] == linear.in_features),
             shared=shared.get(name),
             subnet_dtype=torch.bfloat16 if config.subnet_dtype else None,
             train_bias=config.train_bias,
@@ -57,12 +57,6 @@ def convert(
         for name, linear in linears.items()
     }
     return new, _swaps(linears, new)
-
-
-def _group(size: tuple[int, int], linear: Any, config: LosiaConfig) -> int:
-    """The runs of the side that is not whole: of the inputs, or of the output head's outputs."""
-    whole_in = size[1] == linear.in_features
-    return config.neuron_group or 1 if whole_in else config.group(linear.in_features)
 
 
 def _swaps(linears: Mapping[str, Any], new: Mapping[str, SubnetLinear]) -> list[Swap]:

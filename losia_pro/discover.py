@@ -225,8 +225,8 @@ def subnet_sizes(
     sizes = {}
     for name, linear in linears.items():
         if name == head:
-            n_out = subnet_size(linear.out_features, config.output_factor, config.neuron_group or 1)
             n_in = linear.in_features
+            n_out = subnet_size(linear.out_features, config.output_factor, config.group(n_in, True))
         else:
             n_out, n_in = (
                 config.n_out(linear.out_features),

@@ -17,7 +17,7 @@ from .config import subnet_size
 from .functional import GradientSink, checked
 from .guard import STEPPED, RecomputeGuard, watch_steps
 from .ops import compact_dtype
-from .selection import random_neurons, select_together
+from .selection import groups_of, random_neurons, select_together
 from .shared import SharedInputs
 
 _META = (
@@ -137,12 +137,8 @@ class SubnetLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.neuron_group = neuron_group
-        whole_out, whole_in = n_out == self.out_features, n_in == self.in_features
-        self.groups = (  # the aligned runs of out_idx and of in_idx; where all are chosen, one of all
-            self.out_features if whole_out else neuron_group,
-            self.in_features if whole_in else neuron_group,
-        )
+        features = self.out_features, self.in_features
+        self.groups = groups_of(features, (n_out, n_in), neuron_group)  # of out_idx and of in_idx
         out_idx = random_neurons(self.out_features, n_out, self.groups[0], generator)
         if shared is None:
             in_idx = random_neurons(self.in_features, n_in, self.groups[1], generator)

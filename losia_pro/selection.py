@@ -49,6 +49,12 @@ def random_neurons(
     return runs if group == 1 else (runs[:, None] * group + torch.arange(group)).flatten()
 
 
+def groups_of(features: tuple[int, int], chosen: tuple[int, int], group: int) -> tuple[int, int]:
+    """The aligned runs in which so many of the outputs and of the inputs are chosen: where it is all, one of all."""
+    (out, into), (n_out, n_in) = features, chosen
+    return out if n_out == out else group, into if n_in == into else group
+
+
 def are_runs(idx: Tensor, group: int) -> bool:
     """Whether indices come in aligned runs ``[k group, (k + 1) group)``; reads them on the host."""
     runs = idx.view(-1, group)

@@ -78,9 +78,15 @@ def test_the_examples_learning_rates_are_the_tuned_ones():
     assert {m: rates[m] for m in tuned["chosen"]} == tuned["chosen"]
     assert rates["losia"] == rates["losia-pro"]
     job, settings = {**options.DEFAULTS, **options.JOB}, dict(tuned["settings"])
-    factors = {n: settings.pop(n, None) for n in ("rank_factor", "in_factor", "out_factor")}
+    sizes = ("rank_factor", "in_factor", "out_factor", "neuron_group")
+    factors = {n: settings.pop(n, None) for n in sizes}
     then, now = LosiaConfig(**factors), LosiaConfig(**{n: job[n] for n in factors})
-    assert (then.n_in(4096), then.n_out(4096)) == (now.n_in(4096), now.n_out(4096))
+    for n in (256, 640, 4096):
+        assert (then.n_in(n), then.n_out(n), then.group(n)) == (
+            now.n_in(n),
+            now.n_out(n),
+            now.group(n),
+        )
     for name, value in settings.items():
         assert job[name] == value, name
     for method, chosen in tuned["chosen"].items():

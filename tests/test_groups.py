@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import toys
@@ -82,13 +84,29 @@ def test_by_default_inputs_come_in_runs_of_16_where_there_are_three_or_more(shar
 
 
 def test_a_size_of_ones_own_is_of_single_neurons_unless_runs_are_asked_for():
-    sizes = ({"rank_factor": 1 / 8}, {"in_factor": 3 / 32}, {"out_factor": 1.0})
-    assert [LosiaConfig(**size).neuron_group for size in sizes] == [1, 1, 1]
+    for size in ({"rank_factor": 1 / 8}, {"in_factor": 3 / 32}, {"out_factor": 1.0}):
+        config = LosiaConfig(**size)
+        assert config.group(4096) == 1
+        back = dataclasses.replace(config, **dict.fromkeys(size))
+        assert back == LosiaConfig() and back.group(4096) == 16
     assert LosiaConfig(neuron_group=1).n_in(1000) == 93
     assert [LosiaConfig().n_in(n) for n in (511, 512, 1000, 4096)] == [47, 48, 80, 384]
     assert LosiaConfig(neuron_group=8).n_in(1000) == 88
-    for config in (LosiaConfig(), LosiaConfig(rank_factor=1 / 8), LosiaConfig.paper()):
-        assert LosiaConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("width, group", [(512, 16), (64, 1)])
+def test_a_state_of_the_same_runs_is_taken_however_they_were_asked_for(width, group):
+    def attached(config: LosiaConfig) -> losia_pro.Losia:
+        return losia_pro.attach(toys.stack(width=width, hidden=width), config)
+
+    default = attached(LosiaConfig(seed=1))
+    for settings in ({"neuron_group": group}, {"in_factor": 3 / 32, "neuron_group": group}):
+        same = attached(LosiaConfig(**{"out_factor": 1.0, **settings}))
+        same.load_state_dict(default.state_dict())
+        assert toys.indices(same) == toys.indices(default)
+    other = attached(LosiaConfig(neuron_group=3 * group))
+    with pytest.raises(ValueError, match=r"neuron_group=None.* runs of \(.*neuron_group=\d+"):
+        other.load_state_dict(default.state_dict())
 
 
 def test_whole_sides_are_neither_gathered_nor_copied():

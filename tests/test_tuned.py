@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import types
@@ -10,6 +11,7 @@ import warnings
 import pytest
 import torch
 
+from losia_pro import LosiaConfig
 from losia_pro.cli import main, tune
 
 tuned = pytest.importorskip("losia_pro.kernels.tuned")
@@ -96,6 +98,15 @@ def test_a_table_is_replaced_whole(cache):
     tuned.write(file, tuned.header(CPU), [ROW, ROW | {"run": 16}])
     assert [row["run"] for row in tuned.read(file, tuned.header(CPU))] == [8, 16]
     assert [p.name for p in file.parent.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize("into", [256, 4096, 11008])
+def test_what_the_default_launches_is_measured(into):
+    args, config = argparse.Namespace(neuron_groups=[1, 8, 16], rank_factor=1 / 8), LosiaConfig()
+    gathers = {(s.n_in(into), s.group) for s in tune._selections("gather_columns", args, into)}
+    assert (config.n_in(into), config.group(into)) in gathers
+    products = tune._selections("subnet_grad", args, into)
+    assert config.n_in(into) in {s.n_in(into) for s in products if s.n_out(4096) == 4096}
 
 
 def test_a_launch_shape_is_kept_that_gains_more_than_the_noise_and_nowhere_loses():

@@ -47,9 +47,10 @@ class Method:
         if self.kind == "losia":
             settings = LosiaConfig(**settings).to_dict()
             settings = {k: v for k, v in settings.items() if v is not None}
-            if not SIZES & settings.keys():  # the default's, which may be another one day
+            sized = SIZES & settings.keys()
+            if not sized:  # the default's, which may be another one day
                 settings |= {"in_factor": IN_FACTOR, "out_factor": OUT_FACTOR}
-                settings.setdefault("neuron_group", GROUP)
+            settings.setdefault("neuron_group", 1 if sized else GROUP)
             if {"in_factor", "out_factor"} <= settings.keys():
                 settings.pop("rank_factor", None)  # overridden
             if not settings["base_decay"]:  # it came later

@@ -116,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--neuron-group",
         type=values.count,
         metavar="N",
-        help="choose neurons in aligned runs of N, which a GPU reads faster (default: 16 inputs where none of these "
-        "sizes is given and the layer has 512 or more, else 1)",
+        help="choose neurons in aligned runs of N, which a GPU reads faster (default: 16 inputs in layers of 512 or "
+        "more if none of --rank-factor, --in-factor, --out-factor is given, else 1)",
     )
     g.add_argument(
         "--share-inputs",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from losia_pro.config import IN_FACTOR
+from losia_pro.config import IN_FACTOR, LosiaConfig
 
 from .bench import device as devices
 from .bench import kernels, operations
@@ -36,7 +36,6 @@ from .values import count, names, positive
 
 # By what a launch shape is worth: where there is a CUDA module, it gathers and Triton multiplies.
 OPS = ("subnet_grad", "importance_update_", "gather_columns")
-FEW_INPUTS = (IN_FACTOR, 1 / 64)  # of rectangular subnets, whose outputs are all chosen
 GAIN = 0.03  # less than this may be noise
 RULE = "rule"
 
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             break
         candidates = dict(_candidates(op, dtype, device))
         ways = functools.partial(_ways, candidates)
-        s = Setting(device, dtype, limits, _selections(op, args), ways)
+        s = Setting(device, dtype, limits, _selections(op, args, into), ways)
         try:
             found = [_measure(s, op, into, out, tokens) for tokens in args.tokens]
         except Exception as error:  # noqa: BLE001 - the shapes after this one are still worth measuring
@@ -189,12 +188,14 @@ def _candidates(
         yield name + (f", {stages} stages" if stages else ""), tiles
 
 
-def _selections(op: str, args: argparse.Namespace) -> list[Selection]:
-    """Single neurons have no product of their own."""
+def _selections(op: str, args: argparse.Namespace, into: int) -> list[Selection]:
+    """The groups that were asked for, ``LosiaConfig()``'s selection, and 1/64 of the inputs, whose outputs are all
+    chosen. Single neurons have no product of their own."""
     groups = [g for g in dict.fromkeys(args.neuron_groups) if g > 1 or op != "subnet_grad"]
     p = args.rank_factor
     found = [Selection(f"groups of {g}", p, p, g) for g in groups]
-    return found + [Selection(f"{share:g} of the inputs", share, 1.0) for share in FEW_INPUTS]
+    default = Selection("the default", IN_FACTOR, 1.0, LosiaConfig().group(into))
+    return [*found, default, Selection("1/64 of the inputs", 1 / 64, 1.0)]
 
 
 def _plan(ops: list[str], linears: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
