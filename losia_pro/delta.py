@@ -186,9 +186,13 @@ def targets(
     linears = {name: _linear(model, name) for name in forms}
     found = base_of(linears)
     if found != header.get("base"):
+        theirs = {t.dtype for key, t in tensors.items() if ".values" in key}
+        ours = {linear.weight.dtype for linear in linears.values()}
+        say = "/".join(sorted(str(t).removeprefix("torch.") for t in theirs)) or "the same dtype"
         raise ValueError(
             f"the delta was made from other weights (base {header.get('base', 'unknown')[:12]}, this "
-            f"model {found[:12]}); load the base model that was fine-tuned, in the same dtype"
+            f"model {found[:12]}); load the base model that was fine-tuned, in {say}"
+            + (", which this one is not in" if theirs and not theirs & ours else "")
         )
     check(linears, forms, tensors)
     return linears

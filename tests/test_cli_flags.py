@@ -43,6 +43,21 @@ def test_a_size_that_cannot_be_is_refused_with_the_flags():
         options.resolve({"model": "m", "data": "d", "rank_factor": 0.0})
 
 
+def test_a_share_may_be_a_fraction():
+    assert [values.share(text) for text in ("1/8", "3/32", "0.125", "1", "0")] == [
+        0.125,
+        0.09375,
+        0.125,
+        1,
+        0,
+    ]
+    for text in ("1/0", "an eighth", "1/8/2", ""):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"share such as 1/8 or 0.125, got '{text}'"
+        ):
+            values.share(text)
+
+
 def test_target_modules_are_names_or_what_peft_takes_as_one_string():
     assert values.modules("q_proj, layers.0.mlp.up_proj") == ["q_proj", "layers.0.mlp.up_proj"]
     for text in ("all-linear", r".*\.layers\.[0-3]\..*", "q_proj|v_proj", "[a,b]_proj"):

@@ -280,7 +280,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 BASES = {
     "another seed": (lambda: toys.stack(torch.bfloat16, 1, n_blocks=2, width=WIDTH, hidden=HIDDEN), "other weights"),
-    "another dtype": (lambda: base().float(), "other weights .* in the same dtype"),
+    "another dtype": (lambda: base().float(), r"other weights .* in \w+, which this one is not in$"),
     "another shape": (lambda: toys.stack(torch.bfloat16, n_blocks=2, width=HIDDEN, hidden=WIDTH), "other weights"),
     "fewer blocks": (lambda: toys.stack(torch.bfloat16, n_blocks=1, width=WIDTH, hidden=HIDDEN), "linear layers.1.up"),
     "another model": (lambda: nn.Sequential(nn.Linear(3, 3)), "the linear layers.0.up, which this one lacks"),

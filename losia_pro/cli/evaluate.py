@@ -127,7 +127,9 @@ def _load(args: argparse.Namespace) -> Any:
         try:
             delta.load_delta(model, args.delta)
         except (OSError, ValueError) as error:
-            raise CliError(f"{error} (MODEL is {args.model})") from error
+            raise CliError(
+                f"{error} (MODEL is {args.model}; --dtype says in what it is loaded)"
+            ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -96,19 +96,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--rank-factor",
-        type=float,
+        type=values.share,
         metavar="SHARE",
         help="p: of the inputs and of the outputs in a subnet (default: see the two that follow)",
     )
     g.add_argument(
-        "--in-factor", type=float, metavar="SHARE", help="of the inputs (default: p, or 3/32)"
+        "--in-factor",
+        type=values.share,
+        metavar="SHARE",
+        help="of the inputs (default: p, or 3/32)",
     )
     g.add_argument(
-        "--out-factor", type=float, metavar="SHARE", help="of the outputs (default: p, or all)"
+        "--out-factor",
+        type=values.share,
+        metavar="SHARE",
+        help="of the outputs (default: p, or all)",
     )
     g.add_argument(
         "--output-factor",
-        type=float,
+        type=values.share,
         metavar="SHARE",
         help="of the output head's outputs (default: 0, not trained)",
     )

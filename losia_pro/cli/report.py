@@ -67,7 +67,7 @@ def table(record: dict[str, Any]) -> Table:
     accuracy = base["exact"] is not None
     n = record["examples"]["held_out"]
     t = Table(
-        title=f"Results on {n:,} held-out examples",
+        title=f"Results on {n:,} held-out example{'s' * (n != 1)}",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

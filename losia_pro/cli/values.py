@@ -53,6 +53,17 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number, or a fraction such as ``1/8``; the configuration says whether it is in range."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 1/8 or 0.125, got {text!r}"
+        ) from None
+
+
 def not_negative(text: str) -> float:
     """A number of 0 or more."""
     value = _number(text)
