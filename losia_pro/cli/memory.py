@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import resource
 import sys
@@ -92,6 +94,11 @@ class Peak:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
+        gc.collect()
+        with suppress(
+            OSError, AttributeError
+        ):  # glibc: what an earlier run has freed goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: restart the high-water mark
             Path("/proc/self/clear_refs").write_text("5")
 
