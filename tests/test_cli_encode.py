@@ -90,7 +90,7 @@ def test_long_examples_are_cut_and_those_with_nothing_left_dropped(tokenizer):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_only_the_assistants_turns_of_a_chat_are_trained(fast, monkeypatch):
+def test_only_the_assistants_turns_of_a_chat_are_trained(fast, monkeypatch, capsys):
     tokenizer = make_tokenizer()
     monkeypatch.setattr(type(tokenizer), "is_fast", fast)
     sample = encode(data("chat", CHAT), tokenizer, 512).train[0]
@@ -99,6 +99,7 @@ def test_only_the_assistants_turns_of_a_chat_are_trained(fast, monkeypatch):
     spans = tokenizer.decode(trained(sample)).split("<eos>")
     assert [s.strip() for s in spans] == ["blue", "plum", ""]
     assert "### user\nred?" in text
+    assert "no chat template; turns begin with '### user'" in capsys.readouterr().err
 
 
 CHATML = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +56,11 @@ def encode(data: Data, tokenizer: Any, max_length: int) -> Encoded:
         return _documents(data, tokenizer, max_length)
     if data.kind == "chat" and not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        print(
+            "The tokenizer has no chat template; turns begin with '### user' and '### assistant', and the template is "
+            "saved with the model",
+            file=sys.stderr,
+        )
     cut = dropped = 0
     parts = []
     for records in (data.train, data.held_out or []):
