@@ -239,12 +239,7 @@ def relocate(modules: Sequence[SubnetLinear], config: LosiaConfig) -> list[Move]
         return None
     last = [(m.out_idx.clone(), m.in_idx.clone()) for m in modules]
     n_out, n_in = [m.subnet.shape[0] for m in modules], modules[0].subnet.shape[1]
-    parts = [
-        (g, n, size)
-        for m in modules
-        for g, n, size in zip(m.groups, m.subnet.shape, m.weight.shape, strict=True)
-    ]
-    group = next((g for g, n, size in parts if n < size), 1)
+    group = config.group(modules[0].in_features, n_in == modules[0].in_features)
     out_idx, in_idx = localize_together(scores, n_out, n_in, config.strategy, group)
     select_together(modules, out_idx, in_idx)
     moves = []

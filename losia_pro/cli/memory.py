@@ -95,9 +95,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             return
         gc.collect()
-        with suppress(
-            OSError, AttributeError
-        ):  # glibc: what an earlier run has freed goes back to the system
+        # What an earlier run has freed goes back to the system, where the C library is glibc.
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: restart the high-water mark
             Path("/proc/self/clear_refs").write_text("5")
