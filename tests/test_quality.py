@@ -214,6 +214,14 @@ def test_the_same_base_model_is_made_again_and_nothing_stays_deterministic(monke
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_base_model_that_diverges_is_refused():
+    setting = settings.dataclasses.replace(TOY, pretrain_steps=3, pretrain_lr=1e30)
+    with pytest.raises(
+        FloatingPointError, match="at step 2 of 3 .* a lower pretrain_lr than 1e.30"
+    ):
+        model.pretrain(setting, text_part(), False)
+
+
 def fits(name: str) -> bool:
     """Whether the toy's subnets hold a run of a configuration's neurons."""
     method = METHODS[name]

@@ -121,6 +121,15 @@ def test_runs_of_another_context_are_other_runs():
     assert not c.pending() and c.size() == a.size() == (len(a.rows), len(a.rows))
 
 
+def test_a_record_has_the_runs_of_its_plan_alone():
+    plan, other = small_plan(), small_plan(["dora-r8"])
+    run_all(plan), run_all(other)
+    mine = set(plan.rows)
+    for row in other.rows.values():
+        plan.add(row)
+    assert set(plan.rows) > mine == {row["key"] for row in plan.done()}
+
+
 def test_a_worker_keeps_its_method_and_new_ones_spread():
     jobs = small_plan().pending()[1:]
     assert choose(jobs, "lora-r8", ["lora-r8"]).method == "lora-r8"

@@ -135,7 +135,7 @@ def conclude(path: Path, head: dict[str, Any], plan: Plan) -> None:
     if head["study"] in studies.STUDIES:
         head |= studies.conclusions(head["study"], rows)
     if head["study"] is None:
-        head["rate_rule"] = rates.fit(plan.rows.values())
+        head["rate_rule"] = rates.fit(plan.done())
     record.write(path, head, plan, rows)
     print(f"\n{analysis.text(plan, rows)}\n")
     if "period_data" in head:
@@ -265,6 +265,9 @@ def _run(
             said(f"{what}: {figures} ({wall:.1f} s)")
     except KeyboardInterrupt:
         return "interrupted"
+    done, wanted = plan.size()
+    if stopped is None and done < wanted:
+        return "the rest failed twice, or converged at no learning rate"
     return stopped
 
 

@@ -115,7 +115,11 @@ def deterministic() -> Iterator[None]:
 @deterministic()
 def pretrain(setting: Setting, data: Part, compiled: bool) -> Any:
     """The base model: AdamW, linear warm-up, a cosine to a tenth of the peak. Rounded to bf16, so that it can be
-    kept in small files."""
+    kept in small files.
+
+    Raises:
+        FloatingPointError: its loss is no longer finite.
+    """
     torch.manual_seed(0)
     device = data.rows.device
     model = build(setting, device)
@@ -128,7 +132,13 @@ def pretrain(setting: Setting, data: Part, compiled: bool) -> Any:
     steps = setting.pretrain_steps
     for step, part in enumerate(batches(data, setting.pretrain_batch, steps, seed=0)):
         optimizer.param_groups[0]["lr"] = setting.pretrain_lr * learning_rate(step, steps, 0.05)
-        training_loss(model, part).backward()
+        loss = training_loss(model, part)
+        if (step % 100 == 0 or step == steps - 1) and not loss.isfinite():
+            raise FloatingPointError(
+                f"at step {step} of {steps} the base model's loss is {loss.item()}; a lower pretrain_lr than "
+                f"{setting.pretrain_lr:g} would do"
+            )
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

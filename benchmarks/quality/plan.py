@@ -165,13 +165,16 @@ class Plan:
         best = min(tried, key=losses.__getitem__)
         return None if math.isinf(losses[best]) else best
 
+    def done(self) -> list[Row]:
+        """The runs that are done; not those of other plans in the same file."""
+        keys = dict.fromkeys(self.key(job) for job in self._jobs())
+        return [self.rows[key] for key in keys if key in self.rows]
+
     def size(self) -> tuple[int, int]:
         """(done, all) as far as is known now: each search is at least three rates, and its finals follow."""
         finals = len(self.methods) * self.seeds * (1 if self.sequence else len(self.targets))
         wanted = sum(len(self.tried(m, t)) for m in self.methods for t in self.targets)
-        keys = {self.key(job) for job in self._jobs()}
-        done = sum(key in self.rows for key in keys)
-        return done, len(self.targets) + wanted * len(self.tuning_seeds) + finals
+        return len(self.done()), len(self.targets) + wanted * len(self.tuning_seeds) + finals
 
 
 def choose(jobs: list[Job], last: str | None, others: Iterable[str]) -> Job:

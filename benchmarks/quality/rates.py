@@ -1,20 +1,15 @@
 """A rule for the learning rate: how the best one follows the share of the weights that is trained.
 
-    python -m benchmarks.quality.rates benchmarks/results/quality-26m.jsonl
-
 A search's best rate is where a parabola through the best of the rates tried and its two neighbours, in the logarithm
 of the rate, has its least loss. Over all searches of subnets that stay, and of full fine-tuning, whose share is 1,
-a straight line is fitted to the logarithms: ``rate = rate_of_full share^power``.
+a straight line is fitted to the logarithms: ``rate = rate_of_full share^power``. A record has it as ``rate_rule``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from losia_pro import LosiaConfig
@@ -76,22 +71,8 @@ def fit(rows: Iterable[Row]) -> dict[str, Any] | None:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="JSONL files of benchmarks.quality")
-    for path in parser.parse_args().runs:
-        rule = fit(json.loads(line) for line in path.read_text().splitlines())
-        print(f"{path}: {'searches of fewer than two shares' if rule is None else said(rule)}")
-
-
 def said(rule: dict[str, Any]) -> str:
     return (
         f"best rate = {rule['rate_of_full']:.2g} x share^{rule['power']:.2f}, {rule['searches']} searches, standard "
         f"deviation {rule['spread']:.2f} decades; of {', '.join(rule['methods'])}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -51,8 +51,7 @@ def write(path: Path, head: dict[str, Any], plan: Plan, rows: list[Row]) -> None
         "done": done,
         "planned": wanted,
     }
-    runs = [row for row in plan.rows.values() if row["target"] in plan.targets]
-    tables = {"rows": rows, "runs": runs}
+    tables = {"rows": rows, "runs": plan.done()}
     parts = [json.dumps(head, indent=1)[:-2]]
     for name, table in tables.items():
         lines = ",\n".join("  " + json.dumps(row) for row in table)

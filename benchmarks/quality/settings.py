@@ -50,13 +50,10 @@ _TOY: dict[str, Any] = dict(
     steps=30, warmup=0.1, pretrain_batch=16, pretrain_steps=150, pretrain_lr=5e-3, python_bytes=2_000_000,
     target_bytes=300_000, smallest=50_000, examples=1_000, held_out=16,
 )  # fmt: skip
-SIZES = {
-    "toy": Setting(**_TOY),
-    "26m": Setting(**_26M),
-    "100m": Setting(
-        **{**_26M, "hidden": 768, "intermediate": 2048, "layers": 14, "heads": 12, "pretrain_steps": 3000}
-    ),
-}  # fmt: skip
+_100M: dict[str, Any] = {**_26M, **dict(
+    hidden=768, intermediate=2048, layers=14, heads=12, pretrain_steps=3000, pretrain_lr=1e-3,
+)}  # fmt: skip
+SIZES = {"toy": Setting(**_TOY), "26m": Setting(**_26M), "100m": Setting(**_100M)}
 TARGETS = {"toy": 3, "26m": 5, "100m": 5}  # the first ones of those that a machine has
 WORKERS = {"toy": 8, "26m": 8, "100m": 4}  # on one GPU of 80 GB; never more than half of the cores
 
