@@ -83,7 +83,9 @@ def test_what_merge_makes_can_be_read_by_whom_the_umask_allows(base, tuned, tmp_
 
 def test_a_delta_of_another_dtype_says_which_one(base, tmp_path, capsys):
     path, model = tune(base, tmp_path / "d", torch.float32)
-    assert "give --dtype float32" in refused(capsys, "merge", base, path, tmp_path / "out")
+    message = refused(capsys, "merge", base, path, tmp_path / "out")
+    assert "in float32, which this one is not in" in message and message.count("float32") == 1
+    assert f"(BASE is {base}; --dtype says in what it is loaded)" in message
     assert not (tmp_path / "out").exists()
     assert main(["merge", str(base), str(path), str(tmp_path / "out"), "--dtype", "float32"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

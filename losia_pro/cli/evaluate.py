@@ -14,7 +14,7 @@ from typing import Any
 
 from . import values
 from .errors import CliError
-from .merge import DTYPES
+from .merge import DTYPES, load_model, put
 from .rundir import written
 
 FIGURES = (  # of lm-evaluation-harness, that are kept
@@ -116,20 +116,12 @@ def _load(args: argparse.Namespace) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from losia_pro import delta
-
     from .job import choose_device, first_line
-    from .merge import load_model
 
     device = choose_device(args.device)
     model = load_model(args.model, args.dtype, "MODEL")
     if args.delta:
-        try:
-            delta.load_delta(model, args.delta)
-        except (OSError, ValueError) as error:
-            raise CliError(
-                f"{error} (MODEL is {args.model}; --dtype says in what it is loaded)"
-            ) from error
+        put(args.delta, model, f"MODEL is {args.model}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError, KeyError, ImportError) as error:

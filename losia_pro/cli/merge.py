@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from losia_pro import delta
 
 from .errors import CliError
@@ -41,15 +39,11 @@ def run(args: argparse.Namespace) -> int:
     out = file_path(args.out)
     _check_free(out)
     try:
-        header, tensors = delta.read(args.delta)
+        delta.read(args.delta)  # before the model, which takes longer
     except (OSError, ValueError) as error:
         raise CliError(str(error)) from error
     model = load_model(args.base, args.dtype)
-    _check_dtype(args, model, tensors)
-    try:
-        delta.load_delta(model, args.delta)
-    except (OSError, ValueError) as error:
-        raise CliError(f"{error} (BASE is {args.base})") from error
+    put(args.delta, model, f"BASE is {args.base}")
     tokenizer = load_tokenizer(args.base)
     with _whole(out) as folder:
         model.save_pretrained(folder)
@@ -76,6 +70,14 @@ def load_model(name: str, dtype: str, what: str = "BASE") -> Any:
         return kind.from_pretrained(name, dtype=dtype)
 
 
+def put(path: str, model: Any, which: str) -> None:
+    """Apply a delta to the model; ``which`` says of a refused one where it is from."""
+    try:
+        delta.load_delta(model, path)
+    except (OSError, ValueError) as error:
+        raise CliError(f"{error} ({which}; --dtype says in what it is loaded)") from error
+
+
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer; None if it has none."""
     from transformers import AutoTokenizer
@@ -88,18 +90,6 @@ def load_tokenizer(name: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError):
         print(f"BASE {name} has no tokenizer; the model is saved alone", file=sys.stderr)
         return None
-
-
-def _check_dtype(args: argparse.Namespace, model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Training in another dtype than the model is stored in makes another base: say which one would do."""
-    theirs = {t.dtype for k, t in tensors.items() if ".values" in k}
-    ours = {p.dtype for p in model.parameters()}
-    if theirs and not theirs & ours:
-        want, have = (str(min(d, key=str)).removeprefix("torch.") for d in (theirs, ours))
-        raise CliError(
-            f"{args.delta}: the delta is of a model in {want}, and BASE {args.base} was loaded in {have}; "
-            f"give --dtype {want}"
-        )
 
 
 def _check_free(out: Path) -> None:
