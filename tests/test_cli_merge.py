@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import losia_pro
 from losia_pro import LosiaConfig
 from losia_pro.cli import inspect, main, merge
+from losia_pro.entries import encode
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,31 @@ def test_inspect_counts_each_entry_once(tmp_path, capsys):
     assert all(n in text for n in losia.modules) and losia.base_digest in text
 
 
+@pytest.mark.parametrize("form", ["blocks", "bitmap"])
+def test_inspect_says_in_what_runs_inputs_were_chosen_from_the_inputs(
+    form, tmp_path, capsys, monkeypatch
+):
+    """The default has runs of 16 of 512 inputs and single ones of 100; all of the head's; and what was loaded before
+    is of another configuration."""
+    monkeypatch.setattr(losia_pro.delta, "encode", lambda *args: encode(*args[:2], form))
+
+    def inspected(config, loaded=None):
+        losia = losia_pro.attach(toys.stack(width=512, hidden=100), config)
+        if loaded:
+            losia_pro.load_delta(losia.model, loaded)
+        losia.save_delta(tmp_path / "d")
+        modules = inspect.examine(str(tmp_path / "d"))["modules"]
+        return {name.split(".")[-1]: m["input_runs"] for name, m in modules.items()}
+
+    assert inspected(LosiaConfig(neuron_group=4)) == {"up": 4, "down": 4}
+    assert inspected(LosiaConfig(neuron_group=1)) == {"up": 1, "down": 1}
+    assert inspected(LosiaConfig(), tmp_path / "d") == {"up": 1, "down": 1}
+    assert inspected(LosiaConfig(output_factor=0.5)) == {"up": 16, "down": 1, "head": None}
+    assert main(["inspect", str(tmp_path / "d")]) == 0
+    said = re.findall(r"layers\.\d\.(\w+) .* of (\d+) ", capsys.readouterr().out)
+    assert said == [("up", "16"), ("down", "1")] * 3
+
+
 def test_inspect_refuses_what_load_delta_refuses(tuned, tmp_path, capsys):
     path, _ = tuned
     header, tensors = losia_pro.delta.read(path)
@@ -187,6 +214,9 @@ def test_inspect_refuses_what_load_delta_refuses(tuned, tmp_path, capsys):
     ):
         safetensors.torch.save_file(tensors, tmp_path / "d", {**header, **edit})
         assert message in refused(capsys, "inspect", tmp_path / "d")
+    for config in ('{"neuron_group": "x"}', '{"neuron_group": 0}', "{}", "null"):  # what is printed
+        safetensors.torch.save_file(tensors, tmp_path / "d", {**header, "config": config})
+        assert main(["inspect", str(tmp_path / "d")]) == 0
 
 
 def test_inspect_needs_the_core_alone(tuned):

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from losia_pro import delta
-from losia_pro.entries import decode
+from losia_pro.config import GROUP
+from losia_pro.entries import bounds, decode
+from losia_pro.selection import are_runs
 
 from .errors import CliError
 
@@ -59,6 +61,7 @@ def examine(path: str) -> dict[str, Any]:
             "dtype": str(linear.weight.dtype).removeprefix("torch."),
             "form": forms[name],
             "places": len(places) if forms[name] == "blocks" else None,
+            "input_runs": _runs([bounds(at)[1] for at, _ in places], linear.in_features, config),
             "entries": int(entries.sum()),
             "share": int(entries.sum()) / entries.numel(),
             "bias": f"{name}.bias" in tensors,
@@ -81,11 +84,14 @@ def describe(facts: dict[str, Any]) -> str:
     """The facts for a person to read."""
     modules = facts["modules"]
     config = ", ".join(f"{k}={v!r}" for k, v in (facts["config"] or {}).items())
-    rows = [("module", "weight", "dtype", "entries", "share", "form", "places", "bias", "bytes")]
+    rows = [
+        ("module", "weight", "dtype", "entries", "share", "form", "places", "input runs", "bias", "bytes")
+    ]  # fmt: skip
     rows += [
         (
             name, "x".join(map(str, m["shape"])), m["dtype"], f"{m['entries']:,}", f"{m['share']:.2%}",
-            m["form"], str(m["places"] or "-"), "yes" if m["bias"] else "no", f"{m['bytes']:,}",
+            m["form"], str(m["places"] or "-"), f"of {m['input_runs']}" if m["input_runs"] else "-",
+            "yes" if m["bias"] else "no", f"{m['bytes']:,}",
         )
         for name, m in modules.items()
     ]  # fmt: skip
@@ -102,6 +108,19 @@ def describe(facts: dict[str, Any]) -> str:
             *table,
         ]
     )
+
+
+def _runs(places: list[torch.Tensor], size: int, config: dict[str, Any] | None) -> int | None:
+    """In aligned runs of how many the inputs of all places come; None where they are all inputs.
+
+    The inputs themselves are asked: the configuration's None leaves it to a layer's size, and what was loaded before
+    training may be of another configuration.
+    """
+    if any(len(idx) == size for idx in places):
+        return None
+    asked = (config or {}).get("neuron_group")
+    run = asked if type(asked) is int and asked > 0 else GROUP
+    return run if all(len(idx) % run == 0 and are_runs(idx, run) for idx in places) else 1
 
 
 def _linear(name: str, header: dict[str, str], tensors: dict[str, torch.Tensor]) -> nn.Linear:
