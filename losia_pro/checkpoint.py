@@ -105,8 +105,8 @@ def _check(losia: Losia, state: dict[str, Any]) -> None:
         runs = groups_of(features, n, then.group(features[1], n[1] == features[1]))
         if runs != m.groups:
             raise ValueError(
-                f"{name}: the state was saved with neuron_group={then.neuron_group}, outputs and inputs in runs of "
-                f"{runs}; this run has neuron_group={losia.config.neuron_group} and runs of {m.groups}"
+                f"{name}: the state has outputs and inputs in runs of {runs[0]} and {runs[1]} (neuron_group), this run "
+                f"of {m.groups[0]} and {m.groups[1]}"
             )
 
 

@@ -104,9 +104,14 @@ def test_a_state_of_the_same_runs_is_taken_however_they_were_asked_for(width, gr
         same = attached(LosiaConfig(**{"out_factor": 1.0, **settings}))
         same.load_state_dict(default.state_dict())
         assert toys.indices(same) == toys.indices(default)
-    other = attached(LosiaConfig(neuron_group=3 * group))
-    with pytest.raises(ValueError, match=r"neuron_group=None.* runs of \(.*neuron_group=\d+"):
-        other.load_state_dict(default.state_dict())
+    others = {3 * group: {"neuron_group": 3 * group}, 1: {"in_factor": 3 / 32}}
+    for run, settings in others.items():
+        if run != group:
+            said = (
+                rf"in runs of {width} and {group} \(neuron_group\), this run of {width} and {run}$"
+            )
+            with pytest.raises(ValueError, match=said):
+                attached(LosiaConfig(**settings)).load_state_dict(default.state_dict())
 
 
 def test_whole_sides_are_neither_gathered_nor_copied():
