@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,21 @@ def test_the_figures_are_json_without_nan_or_a_sentence(base, tasks, tmp_path, m
     found = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
     assert found["figures"]["results"]["words"]["acc_stderr,none"] is None
     assert "--output /proc/e.json: cannot be" in refused(capsys, *flags, "--output", "/proc/e.json")
+
+
+def test_a_file_that_cannot_be_written_is_refused_first_and_on_a_full_disk_the_table_is_not_lost(
+    base, delta, tasks, tmp_path, monkeypatch, capsys
+):
+    flags = ("--tasks", "words", "--include", tasks, "--limit", 2, "--device", "cpu")
+    assert evaluate(base, *flags, "--delta", delta, "--output", "/dev/full") == 2
+    out, err = capsys.readouterr()
+    assert "|words|" in out and "--output /dev/full: cannot be written (No space" in err
+
+    access, here = os.access, Path()  # as for a user other than root
+    monkeypatch.setattr(os, "access", lambda path, mode: path != here and access(path, mode))
+    monkeypatch.setattr("losia_pro.cli.evaluate._load", pytest.fail)
+    said = refused(capsys, base, *flags, "--delta", delta)
+    assert "--output evaluation.json: cannot be written" in said
 
 
 def test_without_the_harness_it_says_how_to_get_it(base, monkeypatch, capsys):

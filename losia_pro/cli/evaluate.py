@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="JSON (default: MODEL/evaluation.json, or ./evaluation.json)",
+        help="JSON, in place of a file that is there (default: evaluation.json in MODEL; in the current folder, if "
+        "that is a hub id or --delta is given)",
     )
 
 
@@ -102,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
             f"--tasks {','.join(args.tasks)}: {str(why).strip().splitlines()[0]}"
         ) from error
     record = _no_nan(_record(args, found, model))
-    with written(f"--output {output}"):
-        output.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    print(make_table(found))
+    print(make_table(found))  # before the file, which a full disk may refuse
     if found.get("groups"):
         print(make_table(found, "groups"))
+    with written(f"--output {output}"):
+        output.write_text(json.dumps(record, indent=2, default=str) + "\n")
     print(f"{output}: every figure")
     return 0
 
@@ -154,7 +155,8 @@ def _output(args: argparse.Namespace) -> Path:
         path = (folder if folder.is_dir() and not args.delta else Path()) / "evaluation.json"
     if path.is_dir() or not path.parent.is_dir():
         raise CliError(f"--output {path}: a file in a folder that is there is needed")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    there, needed = (path, os.W_OK) if path.exists() else (path.parent, os.W_OK | os.X_OK)
+    if not os.access(there, needed):
         raise CliError(f"--output {path}: cannot be written; give a file in a folder of your own")
     return path
 
