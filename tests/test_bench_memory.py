@@ -29,6 +29,15 @@ def of(record: dict, method: str, mode: str = "eager") -> dict:
     return row
 
 
+def test_by_default_records_go_to_runs_and_replace_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*FLAGS, "--methods", "floor", "--modes", "eager"]
+    assert main(["bench", "memory", *flags]) == main(["bench", "memory", *flags]) == 0
+    first, second = sorted(tmp_path.rglob("*.json"), key=lambda file: len(file.name))
+    assert first.parent == second.parent == tmp_path / "runs"
+    assert first.name.startswith("memory-") and second.name == f"{first.stem}-2.json"
+
+
 def test_components_are_the_tensors_they_name_and_sum_to_the_peak(tmp_path, capsys):
     flags = "--methods", "floor,losia-pro,losia-pro+profile,full", "--modes", "eager,checkpointed"
     record = bench(tmp_path, *flags)

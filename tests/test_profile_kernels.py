@@ -227,7 +227,7 @@ def test_the_record_holds_device_versions_and_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "limits", lambda device, dtype: LIMITS)
     monkeypatch.chdir(tmp_path)
     assert main(["--cases", "gather_columns 4096"]) == 1
-    file = tmp_path / "benchmarks" / "results" / "profile-kernels-llama2-7b-a-gpu.json"
+    file = tmp_path / "runs" / "profile-kernels-llama2-7b-a-gpu.json"
     record = json.loads(file.read_text())
     assert [r["status"] for r in record["rows"]] == ["ok"] * 4 + ["failed"]
     assert record["versions"]["ncu"] == "2025.3.1.0" and record["limits"]["bandwidth"] == 4e12

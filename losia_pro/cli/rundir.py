@@ -34,13 +34,7 @@ class RunFolder:
         Raises:
             CliError: the folder holds another run, or something else.
         """
-        if output is not None:
-            path = file_path(output)
-        else:
-            path, n = Path("runs") / name, 1
-            while path.exists():
-                n += 1
-                path = Path("runs") / f"{name}-{n}"
+        path = file_path(output) if output is not None else free(name)
         _check_room(path, overwrite)
         return cls(path, {})
 
@@ -109,6 +103,15 @@ class RunFolder:
         shutil.rmtree(self.checkpoints(method), ignore_errors=True)
         with suppress(OSError):  # another method's are there, or none at all
             (self.path / CHECKPOINTS).rmdir()
+
+
+def free(name: str, suffix: str = "") -> Path:
+    """``runs/NAME``, or if there is one the next free ``runs/NAME-2``."""
+    path, n = Path("runs") / f"{name}{suffix}", 1
+    while path.exists():
+        n += 1
+        path = Path("runs") / f"{name}-{n}{suffix}"
+    return path
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import losia_pro
 from losia_pro import dispatch
 
 from ..errors import CliError
+from ..rundir import free
 from . import device as devices
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the JSON file; default benchmarks/results/BENCHMARK-DEVICE.json",
+        help="the JSON file; default runs/BENCHMARK-DEVICE.json, with a number where there is one",
     )
     parser.add_argument(
         "--revision", metavar="TEXT", help="of the source, where git cannot be asked for it"
@@ -55,7 +56,7 @@ class Record:
     ) -> None:
         description = devices.describe(device)
         slug = re.sub(r"[^a-z0-9]+", "-", description["name"].lower()).strip("-")
-        self.path = args.output or Path("benchmarks", "results", f"{benchmark}-{slug}.json")
+        self.path = args.output or free(f"{benchmark}-{slug}", ".json")
         self.device, self.every = device, every
         self.rows: list[dict[str, Any]] = []
         self.start = time.perf_counter()
