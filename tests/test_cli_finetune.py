@@ -269,6 +269,27 @@ def test_neurons_are_chosen_in_groups_and_inputs_shared_if_asked_to(base, tmp_pa
             assert torch.equal(idx, delta[name.replace("q_proj", "v_proj")])
 
 
+def test_bf16_subnets_learn_as_fp32_ones_and_go_on_after_a_stop(
+    base, tmp_path, monkeypatch, capsys
+):
+    """Rounded to nearest, most of what such a rate moves would be lost."""
+    fp32 = (*base, *FLAGS, "--lr", "2e-4", "--precision", "bf16", "--output")
+    flags = ("--subnet-dtype", "bfloat16", *fp32)
+    assert finetune(*fp32, tmp_path / "fp32") == finetune(*flags, tmp_path / "whole") == 0
+    whole, other = (record(tmp_path / name) for name in ("whole", "fp32"))
+    gained = [r["base"]["loss"] - r["results"]["losia-pro"]["loss"] for r in (whole, other)]
+    assert gained[0] == pytest.approx(gained[1], rel=0.05)
+    with monkeypatch.context() as patch:
+        InterruptAt(patch, 2)
+        assert finetune(*flags, tmp_path / "run") == 130
+    assert finetune("--resume", tmp_path / "run") == 0
+    for name in ("delta.safetensors", "merged/model.safetensors"):
+        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "run" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert finetune(*base, *FLAGS, "--subnet-dtype", "bfloat16", "--output", tmp_path / "no") == 2
+    assert "this run is in fp32; give --precision bf16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["losia-pro", "full"])
 def test_bf16_with_checkpointing_gives_a_bf16_model(base, tmp_path, method):
     flags = ("--method", method, "--precision", "bf16", "--checkpointing", "--steps", 3)

@@ -131,6 +131,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one choice of inputs for linears that read the same (q, k, v; gate, up): less memory",
     )
     g.add_argument(
+        "--subnet-dtype",
+        choices=("bfloat16",),
+        help="of subnets, their gradients and the optimizer's state, rounded stochastically: half the memory, of bf16 "
+        "models (default: fp32)",
+    )
+    g.add_argument(
         "--period",
         type=values.count_or_none,
         metavar="STEPS",

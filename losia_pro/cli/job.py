@@ -92,6 +92,11 @@ def make_job(
     from transformers import AutoConfig, AutoTokenizer
 
     precision = choose_precision(options.precision, device)
+    if options.subnet_dtype and precision != "bf16":
+        raise CliError(
+            f"--subnet-dtype {options.subnet_dtype} is for models in bf16, and this run is in {precision}; give "
+            "--precision bf16, or leave it out"
+        )
     check_model(options.model)
     with reading(f"--model {options.model}"), hub.quiet():
         config = AutoConfig.from_pretrained(options.model)

@@ -16,7 +16,8 @@ from .errors import CliError
 
 GB = 1e9
 REMEDIES = (
-    "use a smaller --batch-size or --max-length, --checkpointing, or --precision bf16 on a GPU"
+    "use a smaller --batch-size or --max-length, --checkpointing, or on a GPU --precision bf16, where --subnet-dtype "
+    "bfloat16 halves what subnets take"
 )
 
 

@@ -23,8 +23,8 @@ SCHEDULERS = {  # our name: Trainer's name and arguments
 }
 
 SUBNETS = (  # flags that are LosiaConfig's fields
-    "impl", "rank_factor", "in_factor", "out_factor", "output_factor", "neuron_group", "share_inputs", "period",
-    "base_decay", "target_modules", "init", "seed",
+    "impl", "rank_factor", "in_factor", "out_factor", "output_factor", "neuron_group", "share_inputs", "subnet_dtype",
+    "period", "base_decay", "target_modules", "init", "seed",
 )  # fmt: skip
 RATE_POWER = -0.84  # of the share trained, by the searches of benchmarks/results/quality-26m.json
 DEFAULTS: dict[str, Any] = {

@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from losia_pro.optim import AdamW
+
 from .errors import CliError
 from .interrupt import Interrupt
 from .job import Job
@@ -142,6 +144,7 @@ def train(
             peak,
             model=model,
             args=_arguments(method, job, folder),
+            optimizer_cls_and_kwargs=_optimizer(method, tuned, job),
             callbacks=[*tuned.callbacks, control],
         )
         trainer.remove_callback(PrinterCallback)
@@ -167,6 +170,13 @@ def train(
         peak=max(job.together.all(peak.read())),
         stopped=interrupt.requested,
     )
+
+
+def _optimizer(method: str, tuned: Tuned, job: Job) -> tuple[type[AdamW], dict[str, Any]] | None:
+    """For subnets in bf16, one that rounds stochastically; None: Trainer's own, which is torch's AdamW."""
+    if tuned.losia is None or job.options.subnet_dtype is None:
+        return None
+    return AdamW, {"lr": job.options.lr[method]}
 
 
 def _arguments(method: str, job: Job, folder: Path) -> TrainingArguments:
