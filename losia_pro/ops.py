@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import dispatch, reference, rounding
 from .dispatch import function
@@ -153,6 +154,7 @@ def _write_back_(
     if weights:
         write = function("write_back_", weights[0], impl)
         write(weights, subnets, out_idx, in_idx, check, key)
+        increment_version(weights)  # kernels do not, and a backward would not see that they changed
     else:
         check()
 

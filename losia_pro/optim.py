@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from .dispatch import function
@@ -135,6 +136,7 @@ class AdamW(torch.optim.AdamW):
             parts = [[local(t) for t in ts] for ts in (own, grads, moments, squares)]
             constants = {"lr": float(group["lr"]), **_constants(group)}
             function("adamw_", parts[0][0], None)(*parts, steps, keys, **constants)
+            increment_version(parts[0])  # kernels do not; layers see by it what is not written back
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from adamw_steps import CONSTANTS, compare
 
-from losia_pro import dispatch, reference, torch_ops
+from losia_pro import SubnetLinear, dispatch, linear, reference, torch_ops
 from losia_pro.kernels import gather_columns as gather
 from losia_pro.kernels import importance_update, indexing, launch, tiles
 from losia_pro.kernels import subnet_grad as grad
+from losia_pro.optim import AdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens, in or out, chosen
@@ -194,6 +195,14 @@ def test_write_back_rounds_stochastically_to_the_bits_of_pytorch():
         assert all(map(torch.equal, weights, expected))
 
 
+def test_a_weight_written_after_the_forward_is_refused():
+    layer = SubnetLinear.from_linear(torch.nn.Linear(12, 12), impl="triton")
+    y = layer(torch.randn(3, 12, requires_grad=True))
+    layer.write_back()
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -264,6 +273,19 @@ def test_fp64_is_refused_by_name():
 @pytest.mark.parametrize("maximize", [False, True])
 def test_adamw_is_pytorchs_step_with_the_same_random_bits(maximize):
     compare(launch.adamw_, [(64, 80), (5,), (1, 1), (33, 65)], "cpu", maximize)
+
+
+def test_a_step_in_bf16_that_is_not_written_back_warns(monkeypatch):
+    monkeypatch.setattr(dispatch, "IMPL", "triton")
+    linear._warn_stale.cache_clear()
+    layer = SubnetLinear.from_linear(
+        torch.nn.Linear(16, 16, dtype=torch.bfloat16), subnet_dtype=torch.bfloat16
+    )
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    AdamW([layer.subnet]).step()
+    with pytest.warns(UserWarning, match="not written into its dense weight"):
+        layer(x)
 
 
 def test_adamw_refuses_strides_by_name():
