@@ -151,12 +151,12 @@ def _write_back_(
         _check_stochastic(weights)
     key = None if seed is None else rounding.key_of(seed)
     check = functools.partial(_check_write_back, weights, subnets, out_idx, in_idx)
+    if dispatch.DEBUG or not weights:
+        check()
     if weights:
         write = function("write_back_", weights[0], impl)
         write(weights, subnets, out_idx, in_idx, check, key)
         increment_version(weights)  # kernels do not, and a backward would not see that they changed
-    else:
-        check()
 
 
 def _check_write_back(

@@ -51,6 +51,7 @@ def tables(
     Raises:
         ValueError: a subnet or an index that is not contiguous.
     """
+    _check_contiguous(subnet=subnets, out_idx=out_idx, in_idx=in_idx)
     key = part, *[
         (w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), s.shape, w.stride(), w.dtype, s.dtype)
         for w, s, o, i in zip(weights, subnets, out_idx, in_idx, strict=True)
@@ -58,7 +59,6 @@ def tables(
     found = _kept.get(key)
     if found is None:
         check()
-        _check_contiguous(subnet=subnets, out_idx=out_idx, in_idx=in_idx)
         pairs: dict[Any, list[int]] = {}
         first = [0]
         for k, (w, s) in enumerate(zip(weights, subnets, strict=True)):

@@ -195,6 +195,20 @@ def test_write_back_rounds_stochastically_to_the_bits_of_pytorch():
         assert all(map(torch.equal, weights, expected))
 
 
+def test_write_back_refuses_what_it_would_read_wrongly_with_kept_tables_too(monkeypatch):
+    weight, subnet, idx = torch.zeros(8, 8), torch.randn(4, 4), torch.arange(8)
+    write = torch.ops.losia_pro.write_back_
+    write([weight], [subnet], [idx[:4]], [idx[4:]], impl="triton")
+    with pytest.raises(ValueError, match="subnet must be contiguous"):
+        write([weight], [subnet.T], [idx[:4]], [idx[4:]], impl="triton")
+    with pytest.raises(ValueError, match="out_idx must be contiguous"):
+        write([weight], [subnet], [idx[::2]], [idx[4:]], impl="triton")
+    monkeypatch.setattr(dispatch, "DEBUG", True)
+    idx[3] = 8
+    with pytest.raises(IndexError, match=r"out_idx must be within \[0, 8\), got 0..8"):
+        write([weight], [subnet], [idx[:4]], [idx[4:]], impl="triton")
+
+
 def test_a_weight_written_after_the_forward_is_refused():
     layer = SubnetLinear.from_linear(torch.nn.Linear(12, 12), impl="triton")
     y = layer(torch.randn(3, 12, requires_grad=True))
