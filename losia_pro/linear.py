@@ -17,7 +17,7 @@ from .config import subnet_size
 from .functional import GradientSink, checked
 from .guard import STEPPED, RecomputeGuard, watch_steps
 from .ops import compact_dtype
-from .selection import groups_of, random_neurons, select_together
+from .selection import checked_idx, groups_of, random_neurons, select_together
 from .shared import SharedInputs
 
 _META = (
@@ -195,7 +195,8 @@ class SubnetLinear(nn.Linear):
             ValueError: wrong size, dtype, device, range, duplicates or no runs; inputs that are shared with
                 other linears (``select_together`` moves them all). Nothing has changed then.
         """
-        if self.shared is not None and not torch.equal(in_idx.sort().values, self.in_idx):
+        in_idx = checked_idx(self, "in_idx", in_idx)
+        if self.shared is not None and not torch.equal(in_idx, self.in_idx):
             raise ValueError("in_idx is shared with other linears; select_together moves them all")
         select_together([self], [out_idx], in_idx)
 

@@ -19,10 +19,8 @@ def select_together(
     modules: Sequence[SubnetLinear], out_idx: Sequence[Tensor], in_idx: Tensor
 ) -> None:
     """``SubnetLinear.select`` for all the linears that share their inputs; one that shares none is alone."""
-    rows = [
-        _checked("out_idx", idx, m.out_idx, m, 0) for m, idx in zip(modules, out_idx, strict=True)
-    ]
-    columns = [_checked("in_idx", in_idx, m.in_idx, m, 1) for m in modules]
+    rows = [checked_idx(m, "out_idx", idx) for m, idx in zip(modules, out_idx, strict=True)]
+    columns = [checked_idx(m, "in_idx", in_idx) for m in modules]
     kept = []
     for m, out, into in zip(modules, rows, columns, strict=True):
         m.write_back()
@@ -63,8 +61,9 @@ def are_runs(idx: Tensor, group: int) -> bool:
     return group == 1 or (not bool((first % group).any()) and torch.equal(runs, whole))
 
 
-def _checked(name: str, idx: Tensor, current: Tensor, module: SubnetLinear, side: int) -> Tensor:
-    """Sorted indices, or a ValueError that says what is wrong with them."""
+def checked_idx(module: SubnetLinear, name: str, idx: Tensor) -> Tensor:
+    """Indices for a linear's ``out_idx`` or ``in_idx``, sorted, or a ValueError that says what is wrong with them."""
+    current, side = getattr(module, name), ("out_idx", "in_idx").index(name)
     size, group = module.weight.shape[side], module.groups[side]
     if idx.dtype != torch.int64 or idx.shape != current.shape:
         raise ValueError(

@@ -289,6 +289,8 @@ def test_one_alone_cannot_be_moved_to_other_inputs():
     before = toys.places(losia)
     with pytest.raises(ValueError, match="shared with other linears"):
         gate.select(gate.out_idx, other)
+    with pytest.raises(ValueError, match="in_idx must be on cpu, got meta"):
+        gate.select(gate.out_idx, other.to("meta"))
     toys.equal_bits(before, toys.places(losia))
     gate.subnet.data += 1
     exact = gate.subnet.detach().clone()
