@@ -48,19 +48,19 @@ class Anchors:
 @torch.no_grad()
 def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
     """Let every subnet that has a gradient decay once, at its own learning rate, and exactly not at all where it is
-    the base's: those of one device and one of the optimizer's groups together."""
+    the base's: those of one of the optimizer's groups together."""
     group_of = {id(p): k for k, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    alike: dict[tuple[int, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    alike: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     for module in losia.modules.values():
         if module.subnet.grad is None:
             continue
         subnet, base = module.subnet.detach(), losia._anchors.of(module)
         if torch.promote_types(subnet.dtype, base.dtype) != subnet.dtype:
             base = base.to(subnet.dtype)  # of a model that was cast to less
-        subnets, bases = alike.setdefault((group_of[id(module.subnet)], base.device), ([], []))
+        subnets, bases = alike.setdefault(group_of[id(module.subnet)], ([], []))
         subnets.append(subnet)
         bases.append(base)
-    for k, ((group, _), (subnets, bases)) in enumerate(alike.items()):
+    for k, (group, (subnets, bases)) in enumerate(alike.items()):
         amount = optimizer.param_groups[group]["lr"] * losia.config.base_decay
         lerp_(subnets, bases, amount, losia.config.seed, losia.step, k, 2)
 
@@ -68,7 +68,7 @@ def pull(losia: Losia, optimizer: torch.optim.Optimizer) -> None:
 def lerp_(
     subnets: Sequence[Tensor], others: Sequence[Tensor], weight: float | Tensor, *numbers: int
 ) -> None:
-    """``torch_ops.lerp_`` on subnets of one device, where ``others`` hold the rows that this process trains; those of
+    """``torch_ops.lerp_`` on subnets, where ``others`` hold the rows that this process trains; those of one device and
     one pair of dtypes together.
 
     The key is of ``numbers``, and for sharded subnets of their first rows here: as AdamW's, shards have random bits
@@ -77,7 +77,7 @@ def lerp_(
     alike: dict[object, tuple[list[Tensor], list[Tensor], list[int]]] = {}
     for subnet, other in zip(subnets, others, strict=True):
         in_parts = sharded.is_sharded(subnet)
-        kind = in_parts, subnet.dtype, other.dtype
+        kind = in_parts, other.device, subnet.dtype, other.dtype
         own, towards, first = alike.setdefault(kind, ([], [], []))
         own.append(sharded.local(subnet))
         towards.append(other)

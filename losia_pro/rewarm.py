@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from . import decay, sharded
@@ -19,7 +18,7 @@ from . import decay, sharded
 if TYPE_CHECKING:
     from .controller import Losia
 
-# Of a group's part on one device: its subnets, copies, the factor
+# Of a group: its subnets, copies of them, the factor
 Before = list[tuple[list[Tensor], list[Tensor], float]]
 
 
@@ -29,14 +28,8 @@ def before(losia: Losia) -> Before:
     for group in range(len(losia.groups)):
         factor = losia.schedule.rewarm(losia.step, group) if losia.config.rewarm else 1.0
         if factor < 1:
-            places: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-            for module in losia.group_modules(group).values():
-                subnet = module.subnet.detach()
-                mine = sharded.local(subnet).clone()
-                subnets, copies = places.setdefault(mine.device, ([], []))
-                subnets.append(subnet)
-                copies.append(mine)
-            kept += [(*place, factor) for place in places.values()]
+            subnets = [m.subnet.detach() for m in losia.group_modules(group).values()]
+            kept.append((subnets, [sharded.local(s).clone() for s in subnets], factor))
     return kept
 
 
