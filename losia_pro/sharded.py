@@ -46,19 +46,11 @@ def rows(t: Tensor) -> slice:
 
 def whole(t: Tensor) -> Tensor:
     """All of ``t``, on the device that computes; collective."""
-    if not is_sharded(t):
-        return t.detach()
-    mesh: Any = t.device_mesh  # type: ignore[attr-defined]
-    mine = local(t.detach()).to(mesh.device_type)  # from the CPU, if it is offloaded
-    n, _, group = _shards(t)
-    missing = -(-len(t) // n) - len(mine)  # of as many rows as rank 0 holds
-    if missing:
-        mine = torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])])
-    return _side_by_side(mine, n, group)[: len(t)]
+    return whole_together([t])[0]
 
 
 def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same for several matrices, by one collective for those of one dtype."""
+    """The same for several, by one collective for those of one dtype."""
     answer = [t.detach() for t in tensors]
     alike: dict[Any, list[int]] = {}
     for k, t in enumerate(tensors):
@@ -67,15 +59,14 @@ def whole_together(tensors: Sequence[Tensor]) -> list[Tensor]:
     for (mesh, _, dtype), chosen in alike.items():
         n, _, group = _shards(tensors[chosen[0]])
         counts = [-(-len(tensors[k]) // n) for k in chosen]  # rows of each on rank 0, the most
-        widths = [tensors[k].shape[1] for k in chosen]
-        sizes = [c * w for c, w in zip(counts, widths, strict=True)]
+        sizes = [c * tensors[k].shape[1:].numel() for k, c in zip(chosen, counts, strict=True)]
         mine = torch.zeros(sum(sizes), dtype=dtype, device=mesh.device_type)
         for k, part in zip(chosen, mine.split(sizes), strict=True):
             held = local(tensors[k].detach())
             part[: held.numel()].copy_(held.flatten())
         parts = _side_by_side(mine, n, group).view(n, -1).split(sizes, 1)
-        for k, part, count, width in zip(chosen, parts, counts, widths, strict=True):
-            answer[k] = part.reshape(n * count, width)[: len(tensors[k])]
+        for k, part, count in zip(chosen, parts, counts, strict=True):
+            answer[k] = part.reshape(n * count, *tensors[k].shape[1:])[: len(tensors[k])]
     return answer
 
 
