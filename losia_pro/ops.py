@@ -23,8 +23,6 @@ from . import dispatch, reference, rounding
 from .dispatch import function
 from .selection import are_runs
 
-OPS = ("gather_columns", "subnet_grad", "importance_update_", "write_back_")
-
 _lib = torch.library.Library("losia_pro", "DEF")
 _lib.define(
     "gather_columns(Tensor x, Tensor in_idx, *, int group=1, str? impl=None) -> Tensor",
@@ -147,8 +145,10 @@ def _write_back_(
     seed: int | None = None,
     impl: str | None = None,
 ) -> None:
-    if seed is not None:
-        _check_stochastic(weights)
+    if seed is not None and any(weight.dtype == torch.float16 for weight in weights):
+        raise ValueError(
+            "weights are rounded stochastically to bf16 alone, got torch.float16; seed=None rounds to nearest"
+        )
     key = None if seed is None else rounding.key_of(seed)
     check = functools.partial(_check_write_back, weights, subnets, out_idx, in_idx)
     if dispatch.DEBUG or not weights:
@@ -178,18 +178,6 @@ def _check_write_back(
             )
 
 
-def _check_stochastic(weights: list[Tensor]) -> None:
-    for weight in weights:
-        if weight.dtype == torch.float16:
-            raise ValueError(
-                "weights are rounded stochastically to bf16 alone, got torch.float16; seed=None rounds to nearest"
-            )
-
-
-for _op in OPS:
-    _lib.impl(_op, globals()["_" + _op], "CompositeExplicitAutograd")
-
-
 def _fake_gather_columns(
     x: Tensor, in_idx: Tensor, *, group: int = 1, impl: str | None = None
 ) -> Tensor:
@@ -213,11 +201,12 @@ def _fake_in_place(*args: object, **kwargs: object) -> None:
     return None
 
 
-_FAKES: tuple[Callable[..., Any], ...] = (
-    _fake_gather_columns,
-    _fake_subnet_grad,
-    _fake_in_place,
-    _fake_in_place,
-)
-for _op, _fake in zip(OPS, _FAKES, strict=True):
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "gather_columns": (_gather_columns, _fake_gather_columns),
+    "subnet_grad": (_subnet_grad, _fake_subnet_grad),
+    "importance_update_": (_importance_update_, _fake_in_place),
+    "write_back_": (_write_back_, _fake_in_place),
+}
+for _op, (_impl, _fake) in OPS.items():
+    _lib.impl(_op, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"losia_pro::{_op}", _fake, lib=_lib)
