@@ -16,7 +16,12 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(
     ("file", "at_least"),
-    [("interpreted_kernels.py", 50), ("interpreted_splits.py", 10), ("interpreted_tiles.py", 4)],
+    [
+        ("interpreted_kernels.py", 50),
+        ("interpreted_splits.py", 10),
+        ("interpreted_tiles.py", 4),
+        ("interpreted_writes.py", 14),
+    ],
 )
 def test_kernels_are_right_in_the_interpreter(file, at_least):
     result = subprocess.run(
