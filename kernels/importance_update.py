@@ -27,12 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_ops import PRODUCT_DTYPES, check_contiguous
+from ..reference import VARIANTS
+from ..tables import check_contiguous
+from ..torch_ops import PRODUCT_DTYPES
 from .indexing import INTERPRETED, needs_int64
 from .tiles import Device, Tiles, device_of, fitting, load_tile, operand
 from .tuned import lookup
 
-VARIANTS = ("taylor", "first", "second")
 GROUP_M = 8
 
 
@@ -173,7 +174,7 @@ def importance_update_(
             "the triton importance_update_ takes dy and x of one dtype, fp32, bf16 or fp16, and such "
             f"importance; got {dy.dtype}, {x.dtype} and {importance.dtype}; use impl='torch'"
         )
-    check_contiguous(importance=importance, uncertainty=uncertainty, grad=grad)
+    check_contiguous(importance=[importance], uncertainty=[uncertainty], grad=[grad])
     (n_out, n_in), tokens = weight.shape, dy.shape[0]
     if weight.numel() == 0:
         return

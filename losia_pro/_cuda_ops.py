@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_ops
-from .tables import adamw_tables, lerp_tables, tables
+from .tables import adamw_tables, check_contiguous, lerp_tables, tables
 
 try:
     _cuda = import_module("losia_pro._cuda")
@@ -141,7 +141,7 @@ def importance_update_(
             f"uncertainty must be {kept} and grad fp32, got {uncertainty.dtype} and "
             f"{None if grad is None else grad.dtype}"
         )
-    torch_ops.check_contiguous(importance=importance, uncertainty=uncertainty, grad=grad)
+    check_contiguous(importance=[importance], uncertainty=[uncertainty], grad=[grad])
     rows, columns = weight.shape
     at_once = max(_LEAST_ROWS, _CHUNK // max(1, columns) // 128 * 128)
     for first in range(0, rows, at_once):

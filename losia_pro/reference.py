@@ -2,7 +2,7 @@
 
 One function per equation, in the order in which the paper (Wang et al., *LoSiA: Efficient High-Rank
 Fine-Tuning via Subnet Localization and Optimization*, EMNLP 2025, arXiv:2507.04487) needs them. Nothing
-here is fast, and nothing in the package calls it on a hot path.
+here is made for speed.
 
 Notation: a linear layer ``y = x W^T + b`` with ``W`` of shape ``(out, in)``; its subnet is the block
 ``W[out_idx][:, in_idx]``, ``out_idx`` being the paper's ``Y_S`` and ``in_idx`` its ``X_S``.
@@ -18,7 +18,6 @@ from torch import Tensor
 
 VARIANTS = ("taylor", "first", "second")
 SCORES = ("iu", "i", "u")
-STRATEGIES = ("best", "rows", "columns", "independent")
 
 
 def importance(grad: Tensor, weight: Tensor, variant: str = "taylor") -> Tensor:

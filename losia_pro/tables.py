@@ -51,7 +51,7 @@ def tables(
     Raises:
         ValueError: a subnet or an index that is not contiguous.
     """
-    _check_contiguous(subnet=subnets, out_idx=out_idx, in_idx=in_idx)
+    check_contiguous(subnet=subnets, out_idx=out_idx, in_idx=in_idx)
     key = part, *[
         (w.data_ptr(), s.data_ptr(), o.data_ptr(), i.data_ptr(), s.shape, w.stride(), w.dtype, s.dtype)
         for w, s, o, i in zip(weights, subnets, out_idx, in_idx, strict=True)
@@ -115,7 +115,7 @@ def adamw_tables(
     Raises:
         ValueError: a tensor that is not contiguous.
     """
-    _check_contiguous(
+    check_contiguous(
         parameter=tensors[0], gradient=tensors[1], exp_avg=tensors[2], exp_avg_sq=tensors[3]
     )
     device = tensors[0][0].device
@@ -150,7 +150,7 @@ def lerp_tables(
         ValueError: a tensor that is not contiguous, and pairs of two sizes.
         TypeError: a pair of dtypes that is not in ``LERPS``, or not that of the first pair.
     """
-    _check_contiguous(tensor=tensors, other=others)
+    check_contiguous(tensor=tensors, other=others)
     rows, first = [], 0
     for t, other in zip(tensors, others, strict=True):
         if t.shape != other.shape:
@@ -177,9 +177,10 @@ def lerp_tables(
     )
 
 
-def _check_contiguous(**kinds: Sequence[Tensor]) -> None:
+def check_contiguous(**kinds: Sequence[Tensor | None]) -> None:
+    """Raise a ValueError, with their name, for tensors that a kernel would read wrongly."""
     for what, kind in kinds.items():
-        if strided := [t.stride() for t in kind if not t.is_contiguous()]:
+        if strided := [t.stride() for t in kind if t is not None and not t.is_contiguous()]:
             raise ValueError(f"{what} must be contiguous, got strides {strided[0]}")
 
 

@@ -203,10 +203,3 @@ def check_operands(who: str, dy: Tensor, x_sub: Tensor, out_dtype: torch.dtype) 
                 f"the {who} subnet_grad takes fp32, bf16 and fp16, got {what} {dtype}; use impl='torch'"
             )
     raise TypeError(f"dy is {dy.dtype}, x_sub {x_sub.dtype}: they must be of one dtype")
-
-
-def check_contiguous(**tensors: Tensor | None) -> None:
-    """Raise a ValueError for a tensor, by name, that a kernel would read wrongly."""
-    for what, t in tensors.items():
-        if t is not None and not t.is_contiguous():
-            raise ValueError(f"{what} must be contiguous, got strides {t.stride()}")
