@@ -154,13 +154,7 @@ def eager() -> bool:
 def plain(t: Tensor) -> bool:
     """Whether an op may be called as the Python function that answers, its operands being checked: nothing is
     there to see it go by, and the dispatcher would take time for nothing."""
-    return not (
-        DEBUG
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or type(t) is not Tensor
-    )
+    return eager() and not (DEBUG or torch._C._len_torch_dispatch_stack() or type(t) is not Tensor)
 
 
 def left_to_compiler(impl: str | None, group: int) -> bool:

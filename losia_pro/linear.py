@@ -62,7 +62,7 @@ class SubnetLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._make_subnet(*_sizes(self, rank_factor, None, None), None)
+        self._make_subnet(*_sizes(self, rank_factor))
 
     @classmethod
     def from_linear(
@@ -121,7 +121,7 @@ class SubnetLinear(nn.Linear):
         self,
         n_out: int,
         n_in: int,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None = None,
         neuron_group: int = 1,
         shared: SharedInputs | None = None,
         subnet_dtype: torch.dtype | None = None,
@@ -289,7 +289,7 @@ class SubnetLinear(nn.Linear):
 
 
 def _sizes(
-    linear: nn.Linear, rank_factor: float, n_out: int | None, n_in: int | None
+    linear: nn.Linear, rank_factor: float, n_out: int | None = None, n_in: int | None = None
 ) -> tuple[int, int]:
     if not 0 < rank_factor <= 1:
         raise ValueError(f"rank_factor must be in (0, 1], got {rank_factor!r}")
