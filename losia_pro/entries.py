@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .base import Block
+from .sharded import Index
 
 if TYPE_CHECKING:
     from .views import AnyLinear
 
 FORMS = ("blocks", "bitmap")
-
-Index = tuple[Tensor, Tensor] | Tensor  # of a weight: rows (n, 1) and columns, or a mask
 
 
 def encode(

@@ -105,6 +105,4 @@ def _top(sums: Tensor, n: int, group: int) -> Tensor:
     """Sorted indices of the ``n`` largest of ``sums``, chosen in aligned runs of ``group``."""
     runs = sums[: len(sums) - len(sums) % group].view(-1, group).sum(1)
     chosen = runs.sort(descending=True, stable=True).indices[: n // group].sort().values
-    if group == 1:
-        return chosen
     return (chosen[:, None] * group + torch.arange(group, device=sums.device)).flatten()

@@ -43,8 +43,7 @@ def random_neurons(
 ) -> Tensor:
     """``n`` of ``size`` neurons in aligned runs of ``group``, sorted, on the CPU."""
     runs = torch.randperm(size // group, generator=generator, device="cpu")[: n // group]
-    runs = runs.sort().values
-    return runs if group == 1 else (runs[:, None] * group + torch.arange(group)).flatten()
+    return (runs.sort().values[:, None] * group + torch.arange(group)).flatten()
 
 
 def groups_of(features: tuple[int, int], chosen: tuple[int, int], group: int) -> tuple[int, int]:
