@@ -7,8 +7,8 @@
 // random bits.
 //
 // The shape: a block takes ADAMW_PART neighbouring entries of one tensor, a thread two of them at a time, which are 4
-// bytes; a tensor that does not begin at a multiple of 4 bytes, and an odd last entry, go one by one. ADAMW_PART may
-// be any multiple of 2 THREADS.
+// bytes; a tensor that does not begin at a multiple of 4 bytes, and an odd last entry, go one by one. ADAMW_PART, in
+// losia.h, may be any multiple of 2 THREADS.
 #include <climits>
 
 #include "dtypes.cuh"

@@ -9,7 +9,8 @@
 //
 // The shape: a block takes LERP_PART neighbouring entries of one tensor, a thread EIGHT of them, moved 16 bytes at a
 // time: those of bf16 and fp16 at once, those of fp32 in two. A pair that does not begin at multiples of 16 bytes, and
-// the last entries, go one by one. LERP_PART may be EIGHT times any whole number of warps, up to 1024 threads.
+// the last entries, go one by one. LERP_PART, in losia.h, may be EIGHT times any whole number of warps, up to 1024
+// threads.
 #include <climits>
 #include <type_traits>
 

@@ -5,7 +5,8 @@
 // operations an entry where it is rounded stochastically.
 //
 // The shape: a block writes one part of a layer's subnet, PART entries in rows that are as wide as the subnets need, so
-// that narrow subnets leave no threads idle; tables say which. Neighbouring threads take neighbouring columns.
+// that narrow subnets leave no threads idle; tables say which. Neighbouring threads take neighbouring columns. PART, in
+// losia.h, may be any power of two of at least THREADS, THREADS any power of two up to 1024.
 #include <climits>
 
 #include "dtypes.cuh"

@@ -11,7 +11,7 @@ neighbouring sectors and each sector is fetched once; the indices are loaded onc
 as many independent loads in flight for each lane. Runs of GROUP columns are promised to the compiler, which then
 moves up to 16 bytes at once. Offsets are 32-bit wherever they fit: a gather has one address for each element.
 To change the tile, change `_tile`, or add one to `candidates` and let `losia-pro tune` measure it: any powers of two
-are correct, BLOCK_C not below the largest group.
+are correct, BLOCK_C of at least 16, the longest run that a load uses.
 """
 
 from __future__ import annotations

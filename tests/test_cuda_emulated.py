@@ -22,7 +22,7 @@ from losia_pro.tables import lerp_tables
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/losia.h
-LERP_PART = 2048
+LERP_PART = int(re.findall(r"LERP_PART = (\d+);", (ROOT / "csrc/losia.h").read_text())[0])
 
 UPDATE = """
 extern "C" const char* run(void* importance, void* uncertainty, const void* weight, const float* product,
