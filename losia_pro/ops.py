@@ -52,11 +52,15 @@ def compact_dtype(dtype: torch.dtype) -> torch.dtype:
 # --- the ops: checks at the door, then the chosen implementation ------------------------------------
 
 
+def _check_device(what: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{what} is on {t.device}, the data on {like.device}")
+
+
 def _check_index(what: str, idx: Tensor, like: Tensor, size: int, group: int = 1) -> None:
     if idx.dtype != torch.int64 or idx.dim() != 1:
         raise ValueError(f"{what} must be 1-D int64, got {idx.dtype} {tuple(idx.shape)}")
-    if idx.device != like.device:
-        raise ValueError(f"{what} is on {idx.device}, the data on {like.device}")
+    _check_device(what, idx, like)
     if group < 1 or idx.shape[0] % group:
         raise ValueError(
             f"{what} has {idx.shape[0]} entries, which are not runs of group = {group}"
@@ -121,6 +125,7 @@ def _importance_update_(
     _check_matrix("x", x)
     if dy.shape[0] != x.shape[0]:
         raise ValueError(f"dy has {dy.shape[0]} tokens, x has {x.shape[0]}; they must agree")
+    _check_device("x", x, dy)
     shape = (dy.shape[1], x.shape[1])
     for what, t in (
         ("importance", importance),
@@ -128,8 +133,11 @@ def _importance_update_(
         ("weight", weight),
         ("grad", grad),
     ):
-        if t is not None and t.shape != shape:
+        if t is None:
+            continue
+        if t.shape != shape:
             raise ValueError(f"{what} must be (out, in) = {shape}, got {tuple(t.shape)}")
+        _check_device(what, t, dy)
     if variant not in reference.VARIANTS:
         raise ValueError(f"variant must be one of {reference.VARIANTS}, got {variant!r}")
     update = function("importance_update_", dy, impl, entries=weight.numel())
@@ -169,6 +177,7 @@ def _check_write_back(
         )
     for weight, subnet, rows, columns in zip(weights, subnets, out_idx, in_idx, strict=True):
         _check_matrix("weight", weight)
+        _check_device("subnet", subnet, weight)
         _check_index("out_idx", rows, weight, weight.shape[0])
         _check_index("in_idx", columns, weight, weight.shape[1])
         if subnet.shape != (rows.shape[0], columns.shape[0]):

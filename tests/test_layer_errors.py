@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
-from losia_pro import SubnetLinear, dispatch, subnet_linear
+from losia_pro import SubnetLinear, dispatch, ops, subnet_linear
 
 OPS = torch.ops.losia_pro
 
@@ -196,6 +196,24 @@ def test_an_op_refuses_what_does_not_fit(case):
     with pytest.raises(ValueError, match=message):
         getattr(OPS, op)(*arguments)
     assert not W.any()
+
+
+AWAY = torch.zeros(5, 6, device="meta")
+ELSEWHERE = {
+    "subnet": ("write_back_", ([W], [AWAY[:2, :2]], [idx(0, 1)], [idx(0, 1)])),
+    "x": ("importance_update_", (W, W, W, DY, AWAY[:3], None, 0.85, 0.85, "taylor")),
+    "importance": ("importance_update_", (AWAY, *UPDATE[1:], "taylor")),
+    "weight": ("importance_update_", (W, W, AWAY, *UPDATE[3:], "taylor")),
+    "grad": ("importance_update_", (W, W, W, DY, X, AWAY, 0.85, 0.85, "taylor")),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_an_op_refuses_what_is_elsewhere(what):
+    """A kernel would take its address for one of its own device. (Off the dispatcher, which takes meta for a trace.)"""
+    op, arguments = ELSEWHERE[what]
+    with pytest.raises(ValueError, match=f"{what} is on meta, the data on cpu"):
+        getattr(ops, "_" + op)(*arguments)
 
 
 @pytest.mark.parametrize("bad", [idx(0, 6), idx(-1, 0)], ids=str)
