@@ -103,14 +103,14 @@ def test_other_models_over_their_floors():
 
 def test_what_a_profiled_layer_adds():
     added = []
-    for mode in ("eager", "compiled"):
+    for mode in MODES:
         rows = steps("llama2-7b", mode)
         more, less = (
             rows[m]["kernels_ms"] - rows[m]["floor_kernels_ms"]
             for m in ("losia-pro+profile", "losia-pro")
         )
         added.append(f"{100 * (more - less) / rows['losia-pro']['floor_kernels_ms']:.1f} %")
-    says = f"by the kernels' times that layer adds {added[0]}, compiled {added[1]}"
+    says = f"told by the kernels' times: {added[0]}, compiled {added[1]}, checkpointed {added[2]}."
     assert says in TEXT, says
 
 
