@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -68,3 +69,22 @@ def finetune(*flags: object) -> int:
 
 def record(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
+
+
+class InterruptAt:
+    """Ctrl-C while the held-out loss of a chosen evaluation is measured; counted from 1, the base's."""
+
+    def __init__(self, monkeypatch, number: int, times: int = 1) -> None:
+        self.left = number
+        from losia_pro.cli.job import Job
+
+        original = Job.evaluate
+
+        def evaluate(job, model):
+            self.left -= 1
+            if self.left == 0:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return original(job, model)
+
+        monkeypatch.setattr(Job, "evaluate", evaluate)

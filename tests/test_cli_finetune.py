@@ -10,11 +10,10 @@ import sys
 import pytest
 import torch
 import transformers
-from cli_tools import PAIRS, finetune, record, write_lines
+from cli_tools import PAIRS, InterruptAt, finetune, record, write_lines
 from safetensors.torch import load_file
 
 import losia_pro
-from losia_pro.cli.job import Job
 
 FLAGS = ("--steps", 12, "--batch-size", 4, "--period", 3, "--rank-factor", 0.25, "--eval-steps", 4)
 LR = ("--lr", "1e-2")
@@ -134,23 +133,6 @@ def test_the_final_table_names_every_method(base, tmp_path, capsys):
     full = [line for line in out.splitlines() if line.startswith("full ")]
     assert full[-1].split() == ["full", "12/12", "held-out", f"{r['results']['full']['loss']:.3f}"]
     assert "warn" not in (out + err).lower() and err == ""
-
-
-class InterruptAt:
-    """Ctrl-C while the held-out loss of a chosen evaluation is measured; counted from 1, the base's."""
-
-    def __init__(self, monkeypatch, number: int, times: int = 1) -> None:
-        self.left = number
-        original = Job.evaluate
-
-        def evaluate(job, model):
-            self.left -= 1
-            if self.left == 0:
-                for _ in range(times):
-                    signal.raise_signal(signal.SIGINT)
-            return original(job, model)
-
-        monkeypatch.setattr(Job, "evaluate", evaluate)
 
 
 # Evaluations: 1 the base; 2, 3 steps 4 and 8; 4 the finished model; 5... the next method.

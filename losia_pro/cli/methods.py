@@ -55,8 +55,10 @@ def prepare(
         elif method == "lora":
             tuned = _lora(model, options)
         else:
+            from losia_pro.integrations.transformers import OwnNames
+
             model.requires_grad_(True)
-            tuned = Tuned(model, _trainable(model), lambda: model)
+            tuned = Tuned(model, _trainable(model), lambda: model, callbacks=[OwnNames()])
     except ValueError as error:
         raise CliError(f"{method}: {error}") from error
     tuned.blocks = blocks

@@ -1,4 +1,4 @@
-"""Hugging Face ``Trainer``: one callback."""
+"""Hugging Face ``Trainer``: its callback, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,9 +22,37 @@ from ..linear import SubnetLinear
 from ..optimizer import innermost
 
 KEY = "losia"  # of the controller's state within the optimizer's, or the scheduler's
+CONVERSIONS = "_weight_conversions"  # of a model: what to rename in files, a list
 
 
-class LosiaCallback(TrainerCallback):
+class OwnNames(TrainerCallback):
+    """Lets ``Trainer`` write checkpoints by the model's own names, until training ends.
+
+    transformers saves experts, and what else it has renamed, by the names of files on the Hub, and ``Trainer`` does not
+    translate those when it resumes: it would go on from the base's values (huggingface/transformers issue 48805).
+    """
+
+    _before: dict[str, Any] | None = None  # the model's list or that it had none, to put back
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        held = vars(kwargs["model"])
+        if held.get(CONVERSIONS) != []:
+            self._before = {k: v for k, v in held.items() if k == CONVERSIONS}
+            held[CONVERSIONS] = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._before is not None:
+            held = vars(kwargs["model"])
+            del held[CONVERSIONS]
+            held.update(self._before)
+            self._before = None
+
+
+class LosiaCallback(OwnNames):
     """Lets ``Trainer`` train the subnets of an attached model::
 
         losia = losia_pro.attach(model, config)
@@ -106,6 +134,7 @@ class LosiaCallback(TrainerCallback):
                 "LosiaCallback (or with save_only_model=True); start anew"
             )
         self.losia.bind(kwargs["optimizer"])
+        super().on_train_begin(args, state, control, **kwargs)
         if self._handle is not None:
             self._handle.remove()
         self._handle = optimizer.register_state_dict_post_hook(self._add_state)
