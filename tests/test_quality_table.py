@@ -73,6 +73,28 @@ def test_a_record_without_all_final_runs_makes_no_table():
         table.markdown(content)
 
 
+def test_a_record_without_full_fine_tuning_makes_no_table():
+    """Its gain is what the table's shares are of."""
+    content = made_up()
+    content["plan"]["methods"].remove("full")
+    content["rows"] = [
+        {k: v for k, v in r.items() if k != "recovered"}
+        for r in content["rows"]
+        if r["method"] != "full"
+    ]
+    with pytest.raises(ValueError, match="no final runs of full, cpp; full, imports"):
+        table.markdown(content)
+
+
+@pytest.mark.parametrize("text", [None, '{"key": 1}\n{"key": 2}\n', "{}", "[]"])
+def test_what_is_no_record_is_not_summarized(text, tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert command.main(["--summarize", str(path)]) == 2
+    assert f"--summarize {path}: no record" in capsys.readouterr().err
+
+
 def test_the_plain_command_trains_the_tables_methods():
     args = command.parser().parse_args([])
     assert command._methods(args) == table.METHODS and set(table.METHODS) < set(METHODS)

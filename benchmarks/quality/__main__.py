@@ -103,14 +103,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    if args.summarize:
-        return summarize(args.summarize)
     begun = time.perf_counter()
     # What deterministic pretraining asks for, and one thread for each worker's compiler; both are inherited.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if args.summarize:
+            return summarize(args.summarize)
         wanted = args.device != "cpu" and not args.dry_run if args.mps is None else args.mps
         with tempfile.TemporaryDirectory() as folder, mps.service(wanted) as sharing:
             return run(args, begun, Path(folder), sharing)
@@ -121,7 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def summarize(path: Path) -> int:
     """From the runs of a record alone; where it was made there may be no SciPy."""
-    head, runs = record.read(path)
+    try:
+        head, runs = record.read(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CliError(f"--summarize {path}: no record of this command, which is JSON") from error
     plan = Plan(**head["plan"])
     for row in runs:
         plan.add(row)

@@ -25,14 +25,15 @@ def markdown(record: dict[str, Any]) -> str:
     p of the paired difference from LoRA of rank 8; and the old domain's loss, likewise, with exact match.
 
     Raises:
-        ValueError: a method has no final run on a target, or a target no run of the base.
+        ValueError: a method or full fine-tuning has no final run on a target, or a target no run of the base.
     """
     targets = record["plan"]["targets"]
     rows = {(r["method"], r["target"]): r for r in record["rows"]}
     base = {r["target"]: r for r in record["runs"] if r["method"] == BASE}
     methods = [m for m in METHODS if m in record["plan"]["methods"]]
     methods += [m for m in record["plan"]["methods"] if m not in methods]
-    missing = [f"{m}, {t}" for m in methods for t in targets if (m, t) not in rows]
+    needed = dict.fromkeys([*methods, "full"])  # whose gain all others' are shares of
+    missing = [f"{m}, {t}" for m in needed for t in targets if (m, t) not in rows]
     missing += [f"{BASE}, {t}" for t in targets if t not in base]
     if missing:
         raise ValueError(f"no final runs of {'; '.join(missing)}: the record is not complete")
