@@ -71,8 +71,8 @@ def lerp_(
     """``torch_ops.lerp_`` on subnets, where ``others`` hold the rows that this process trains; those of one device and
     one pair of dtypes together.
 
-    The key is of ``numbers``, and for sharded subnets of their first rows here: as AdamW's, shards have random bits
-    of their own, while what several processes hold stays the same on all of them.
+    The key is of ``numbers``, of which of those it is, and for sharded subnets of their first rows here: as AdamW's,
+    shards have random bits of their own, while what several processes hold stays the same on all of them.
     """
     alike: dict[object, tuple[list[Tensor], list[Tensor], list[int]]] = {}
     for subnet, other in zip(subnets, others, strict=True):
@@ -82,8 +82,8 @@ def lerp_(
         own.append(sharded.local(subnet))
         towards.append(other)
         first += [sharded.rows(subnet).start] if in_parts else []
-    for own, towards, first in alike.values():
+    for k, (own, towards, first) in enumerate(alike.values()):
         # A CUDA graph keeps nothing that is copied from the host, as the kernels' tables are; PyTorch's has their bits.
         captured = own[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        key = rounding.key_of(*numbers, *first)
+        key = rounding.key_of(*numbers, k, *first)
         function("lerp_", own[0], "torch" if captured else None)(own, towards, weight, key)

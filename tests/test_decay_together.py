@@ -125,12 +125,13 @@ def test_while_a_graph_is_captured_the_kernels_tables_are_not_asked_for(capturin
 
 def test_a_block_on_two_devices_is_rewarmed_on_each_by_itself(monkeypatch):
     launched = []
-    monkeypatch.setattr(decay, "function", lambda *_: lambda *args: launched.append(args[:2]))
+    monkeypatch.setattr(decay, "function", lambda *_: lambda *args: launched.append(args))
     losia = losia_pro.attach(toys.stack(), LosiaConfig(rank_factor=1 / 4, period=4))
     losia.step = next(n for n in range(40) if losia.schedule.rewarm(n, 0) < 1)
     first, *rest = losia.group_modules(0).values()
     first.subnet = torch.nn.Parameter(torch.empty_like(first.subnet, device="meta"))
     rewarm.after(losia, rewarm.before(losia))
-    assert [len(own) for own, _ in launched] == [1, len(rest)]
-    for own, towards in launched:
+    assert [len(own) for own, *_ in launched] == [1, len(rest)]
+    for own, towards, *_ in launched:
         assert len({t.device for t in (*own, *towards)}) == 1
+    assert len({key for *_, key in launched}) == 2  # and by random bits of its own
