@@ -29,7 +29,7 @@ def encode(
     weight: Tensor, blocks: list[Block], form: str | None = None
 ) -> tuple[str, dict[str, Tensor]]:
     """The form, by default the smaller one, and the tensors of the entries of ``weight`` in any of the blocks."""
-    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device="cpu")
     block_bytes = 0
     for rows, columns in blocks:
         mask[rows[:, None], columns] = True
@@ -44,12 +44,13 @@ def encode(
             parts[f"values.{k}"] = weight[on[0][:, None], on[1]].cpu().contiguous()
         return "blocks", parts
     bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    packed = (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
     return "bitmap", {"mask": packed, "values": weight[mask.to(weight.device)].cpu()}
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] >> places & 1).bool().flatten()
 
 
 def check_entries(

@@ -43,7 +43,7 @@ def random_neurons(
 ) -> Tensor:
     """``n`` of ``size`` neurons in aligned runs of ``group``, sorted, on the CPU."""
     runs = torch.randperm(size // group, generator=generator, device="cpu")[: n // group]
-    return (runs.sort().values[:, None] * group + torch.arange(group)).flatten()
+    return (runs.sort().values[:, None] * group + torch.arange(group, device=runs.device)).flatten()
 
 
 def groups_of(features: tuple[int, int], chosen: tuple[int, int], group: int) -> tuple[int, int]:
