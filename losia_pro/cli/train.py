@@ -176,7 +176,7 @@ def _optimizer(method: str, tuned: Tuned, job: Job) -> tuple[type[AdamW], dict[s
     """For subnets in bf16, one that rounds stochastically; None: Trainer's own, which is torch's AdamW."""
     if tuned.losia is None or job.options.subnet_dtype is None:
         return None
-    return AdamW, {"lr": job.options.lr[method]}
+    return AdamW, {"lr": job.options.lr[method], "seed": job.options.seed}
 
 
 def _arguments(method: str, job: Job, folder: Path) -> TrainingArguments:
