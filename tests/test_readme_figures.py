@@ -84,6 +84,22 @@ def test_the_default_against_lora_of_rank_64():
     assert says in TEXT, says
 
 
+def test_what_memory_is_left_to_subnets():
+    rows = steps("llama2-7b", "checkpointed")
+    more = [
+        f"{(rows[m]['peak_bytes'] - rows[m]['floor_peak_bytes']) / 1e9:.1f} GB"
+        for m in ("losia-pro-default", "lora-r64", "losia-pro")
+    ]
+    says = f"takes {more[0]} more than its floor with `LosiaConfig()`, {more[1]} more with LoRA of rank 64."
+    assert says in TEXT and f"base_decay=0)` takes {more[2]}, and gains less" in TEXT, more
+    gains = {
+        m: f"{100 * statistics.fmean(r['recovered'] for r in record('quality-26m')['rows'] if r['method'] == m):.1f} %"
+        for m in ("losia-1/8", "losia-default")
+    }
+    says = f"({gains['losia-1/8']} of full fine-tuning's gain where `LosiaConfig()` has {gains['losia-default']})"
+    assert says in TEXT, says
+
+
 def test_other_models_over_their_floors():
     """Every record of one is a row."""
     methods = ("losia-pro-default", "losia-pro", "losia-pro-g16-shared", "lora-r64")
