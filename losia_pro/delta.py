@@ -241,7 +241,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such delta file")
+        folder = (
+            " (a folder: a delta is one file, delta.safetensors)" if os.path.isdir(path) else ""
+        )
+        raise FileNotFoundError(f"{path}: no such delta file{folder}")
     try:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
@@ -249,7 +252,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not a delta of losia-pro")
+        raise ValueError(
+            f"{path}: a safetensors file, but not a delta of losia-pro (PEFT's adapters and whole models are loaded "
+            "by their own from_pretrained)"
+        )
     if header.get("version") != VERSION:
         raise ValueError(
             f"{path}: delta version {header.get('version')}; this release reads version {VERSION}"

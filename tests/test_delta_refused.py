@@ -275,7 +275,7 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     refuse(tmp_path / "nowhere", "no such delta file", error=FileNotFoundError)
-    refuse(tmp_path, "no such delta file", error=FileNotFoundError)
+    refuse(tmp_path, "a folder: a delta is one file", error=FileNotFoundError)
 
 
 BASES = {
