@@ -139,7 +139,7 @@ def subnet_grad(
     tokens, n_out, n_in = dy.shape[0], out_idx.shape[0], x_sub.shape[1]
     if tokens == 0 or n_out == 0 or n_in == 0:
         return torch.zeros(n_out, n_in, dtype=out_dtype, device=dy.device)
-    whole = group == dy.shape[1]
+    whole = group == n_out == dy.shape[1]
     run = hardware_run(group)
     tuned = None
     if run > 1:

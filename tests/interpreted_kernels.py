@@ -161,6 +161,12 @@ def test_importance_in_bf16_is_rounded_once_a_step():
         assert ((a.float() - b).abs() <= 2**-7 * b.abs()).all()
 
 
+def test_a_single_column_chosen_twice_is_not_taken_for_all():
+    dy, x_sub, idx = torch.randn(9, 1), torch.randn(9, 5), torch.tensor([0, 0])
+    ours = launch.subnet_grad(dy, x_sub, idx, torch.float32)
+    assert torch.equal(ours, torch_ops.subnet_grad(dy, x_sub, idx, torch.float32))
+
+
 @pytest.mark.parametrize(
     "view",
     [
