@@ -121,12 +121,18 @@ def _warn_fallback(op: str, asked: str, device: str, why: str) -> None:
 
 
 def function(
-    op: str, like: Tensor, impl: str | None, group: int = 1, entries: int | None = None
+    op: str,
+    like: Tensor,
+    impl: str | None,
+    group: int = 1,
+    entries: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Callable[..., Tensor]:
     """The function that answers for operands like ``like``, of its device, dtype and number of tokens: for runs of
-    ``group``, or for a weight of so many ``entries``."""
+    ``group`` and a result in ``out_dtype``, or for a weight of so many ``entries``."""
     special = group > 1 and like.shape[0] > SHORT if entries is None else entries <= SMALL
-    return _chosen(op, like.device, impl, like.dtype == torch.float64, special, IMPL)
+    double = torch.float64 in (like.dtype, out_dtype)
+    return _chosen(op, like.device, impl, double, special, IMPL)
 
 
 @functools.cache

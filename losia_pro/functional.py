@@ -264,9 +264,8 @@ def _subnet_grad(
     impl: str | None,
 ) -> Tensor:
     if dispatch.plain(dy) and dy.dtype == x_sub.dtype:
-        return dispatch.function("subnet_grad", dy, impl, group)(
-            dy, x_sub, out_idx, out_dtype, group
-        )
+        product = dispatch.function("subnet_grad", dy, impl, group, out_dtype=out_dtype)
+        return product(dy, x_sub, out_idx, out_dtype, group)
     if dispatch.left_to_compiler(impl, 1 if group == dy.shape[1] else group):
         return torch_ops.subnet_grad(dy, x_sub, out_idx, out_dtype, group)
     return torch.ops.losia_pro.subnet_grad(  # type: ignore[no-any-return]

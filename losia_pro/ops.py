@@ -104,7 +104,8 @@ def _subnet_grad(
             f"{tuple(x_sub.shape)} on {x_sub.device} must agree in tokens, dtype and device"
         )
     out_dtype = out_dtype or compact_dtype(dy.dtype)
-    return function("subnet_grad", dy, impl, group)(dy, x_sub, out_idx, out_dtype, group)
+    product = function("subnet_grad", dy, impl, group, out_dtype=out_dtype)
+    return product(dy, x_sub, out_idx, out_dtype, group)
 
 
 def _importance_update_(

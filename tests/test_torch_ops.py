@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losia_pro import dispatch, ops, reference, torch_ops
+from losia_pro import dispatch, ops, reference, subnet_linear, torch_ops
 from losia_pro.dispatch import resolve
 
 OPS = torch.ops.losia_pro
@@ -158,6 +158,22 @@ def test_fp64_is_left_to_torch_where_no_kernel_takes_it(op, monkeypatch):
     cuda, chosen = torch.device("cuda:0"), dispatch._chosen.__wrapped__
     assert chosen(op, cuda, None, True, False, None) is getattr(torch_ops, op)
     assert chosen(op, cuda, None, False, False, None) == dispatch.PREFERENCE[op][0]
+
+
+def test_a_gradient_in_fp64_is_left_to_torch_too(monkeypatch):
+    """``subnet_linear`` takes subnets of any dtype, and their gradients have it."""
+    asked, chosen = [], dispatch._chosen
+
+    def watched(op, device, impl, double, *rest):
+        asked.append((op, double))
+        return chosen(op, device, impl, double, *rest)
+
+    monkeypatch.setattr(dispatch, "_chosen", watched)
+    x, weight, idx = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 2])
+    subnet = weight[1:3, 1:3].double().requires_grad_()
+    subnet_linear(x, weight, subnet, idx, idx).sum().backward()
+    OPS.subnet_grad(x, x, idx, out_dtype=torch.float64)
+    assert asked == [("gather_columns", False), *[("subnet_grad", True)] * 2]
 
 
 def subnet_grad_of(tokens: int, group: int) -> None:
