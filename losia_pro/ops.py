@@ -163,7 +163,8 @@ def _write_back_(
     if dispatch.DEBUG or not weights:
         check()
     if weights:
-        write = function("write_back_", weights[0], impl)
+        like = next((weight for weight in weights if weight.is_cpu), weights[0])
+        write = function("write_back_", like, impl)  # kernels write no weight that is on the CPU
         write(weights, subnets, out_idx, in_idx, check, key)
         increment_version(weights)  # kernels do not, and a backward would not see that they changed
 

@@ -12,7 +12,7 @@ import torch
 from adamw_steps import CONSTANTS, compare
 from cuda_on_cpu import Kernels, cuda_ops_on_cpu, load
 
-from losia_pro import reference, torch_ops
+from losia_pro import ops, reference, torch_ops
 
 
 @pytest.fixture
@@ -177,6 +177,15 @@ def test_write_back_writes_every_layer_and_nothing_else(cuda_ops, dtype, key):
         cuda_ops.write_back_(weights, subnets, rows, columns, lambda: checked.append(1), key)
         assert all(map(torch.equal, weights, expected))
     assert checked == [1]
+
+
+def test_weights_on_a_gpu_and_on_the_cpu_are_written_by_what_answers_on_the_cpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "function", lambda _, like, impl: lambda *_: asked.append(like.device))
+    away, here = torch.zeros(3, 4, device="meta"), torch.zeros(3, 4)
+    for weights in ([away, here], [here, away], [away, away]):
+        ops._write_back_(weights, weights, [], [])
+    assert [device.type for device in asked] == ["cpu", "cpu", "meta"]
 
 
 @pytest.mark.parametrize("maximize", [False, True])
