@@ -18,7 +18,7 @@ from .discover import check_weights, find_targets, subnet_sizes
 from .distributed import Ranks, allow_broadcast, keep_from_broadcast, ranks_of, start_digest
 from .inputs import find_shared_inputs
 from .linear import SubnetLinear
-from .optimizer import check_optimizer, innermost, is_rehearsal
+from .optimizer import check_optimizer, innermost, is_rehearsal, warn_of_idle
 from .profile import Profile
 from .reselect import Reselection, lost_to_rounding, reselect
 from .schedule import Schedule
@@ -205,6 +205,8 @@ class Losia:
             return
         if self._ranks:
             self._ranks.check_step(self)
+        if self.step == 0:
+            warn_of_idle(self._subnets())
         moved = self.schedule.reselected(self.step)
         self.step += 1
         for group in moved:

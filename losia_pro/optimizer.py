@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,19 @@ def is_rehearsal(optimizer: torch.optim.Optimizer, on_any_rank: Callable[[bool],
         return False
     grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
     return not on_any_rank(any(bool(local(g).any()) for g in grads if g is not None))
+
+
+def warn_of_idle(subnets: Mapping[str, Tensor]) -> None:
+    """Say which of the subnets that are to be trained have no gradient, at an optimizer's first step."""
+    idle = [n for n, subnet in subnets.items() if subnet.requires_grad and subnet.grad is None]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of {len(subnets)} subnets have no gradient at the first step, e.g. {idle[0]}, and stay as "
+            "they are: the loss does not depend on them, or the model reads their weights without calling the layer, "
+            "as nn.TransformerEncoderLayer does in eval()",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def forget(optimizer: torch.optim.Optimizer, subnet: Tensor) -> None:

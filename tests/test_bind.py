@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,30 @@ def test_binding_another_optimizer_releases_the_last():
     assert hooks(second) == 2
     list(toys.train(losia.model, second, toys.batches(2)))
     assert losia.step == 2
+
+
+class Reader(torch.nn.Module):
+    """Reads the weight of one of its linears, and calls the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = torch.nn.Linear(16, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.called(torch.nn.functional.linear(x, self.read.weight))
+
+
+def test_subnets_without_a_gradient_are_named_once():
+    """What would be a fast path that trains nothing: nn.TransformerEncoder's in eval(), for one."""
+    model, losia, optimizer = attached(model=Reader(), config=LosiaConfig(rank_factor=1 / 4))
+    with pytest.warns(UserWarning, match="1 of 2 subnets have no gradient.*, e.g. read, "):
+        list(toys.train(model, optimizer, toys.batches(1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(toys.train(model, optimizer, toys.batches(1)))
+        model, _, optimizer = attached(model=losia.detach())
+        model.get_submodule("read").subnet.requires_grad_(False)  # on purpose
+        list(toys.train(model, optimizer, toys.batches(1)))
 
 
 UNBOUND = """
