@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import LosiaConfig, subnet_size
-from .kinds import join, linears_of, refuse
+from .kinds import join, linears_of, refuse, refuse_quantized
 from .linear import SubnetLinear
 from .sharded import is_sharded
 from .views import AnyLinear, View
@@ -47,7 +46,7 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     if any(isinstance(m, SubnetLinear) for m in model.modules()):
         raise ValueError("the model is attached already; call detach() on its Losia first")
     refuse(model)
-    _refuse_quantized(model)
+    refuse_quantized(model)
     if isinstance(model, nn.Linear) or linears_of(model):
         raise ValueError(
             "the model is itself a linear, which cannot be swapped in place; use "
@@ -62,9 +61,10 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
     if not linears:
         raise ValueError(f"{type(model).__name__} holds no nn.Linear to adapt{_left_alone(model)}")
     blocks = repeated_blocks(model)
-    head = _output_head(model, linears, blocks)
+    block_of = _block_of(model, blocks)
+    head = _output_head(model, linears, block_of)
 
-    chosen = _match(model, found, blocks, head, config)
+    chosen = _match(model, found, block_of, head, config)
     trained_head = None
     if config.output_factor > 0:
         if head is None:
@@ -77,8 +77,7 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
 
     members: dict[str, list[str]] = {}
     for name in chosen:
-        block = next((b for b in blocks if name.startswith(b + ".")), None)
-        members.setdefault(block or name, []).append(name)
+        members.setdefault(block_of.get(name, name), []).append(name)
     inside = [members[b] for b in blocks if b in members]
     outside = [group for key, group in members.items() if key not in blocks]
     groups = inside + outside
@@ -151,7 +150,18 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     return blocks
 
 
-def _output_head(model: nn.Module, linears: list[str], blocks: list[str]) -> str | None:
+def _block_of(model: nn.Module, blocks: list[str]) -> dict[str, str]:
+    """The block that a linear is in, by the linear's first name, under which it may stand elsewhere."""
+    first = {id(m): n for n, m in model.named_modules()}
+    return {
+        join(first[id(module)], key): block
+        for block in reversed(blocks)  # a linear of two is the first one's
+        for module in model.get_submodule(block).modules()
+        for key in linears_of(module)
+    }
+
+
+def _output_head(model: nn.Module, linears: list[str], block_of: dict[str, str]) -> str | None:
     """The module that maps features to outputs: the model's own answer, else the last linear that
     stands outside the repeated blocks."""
     get = getattr(model, "get_output_embeddings", None)
@@ -160,22 +170,21 @@ def _output_head(model: nn.Module, linears: list[str], blocks: list[str]) -> str
         for name, module in model.named_modules():
             if module is head:
                 return name if name in linears else None
-    outside = [n for n in linears if not any(n.startswith(b + ".") for b in blocks)]
-    return outside[-1] if outside and blocks else None
+    outside = [n for n in linears if n not in block_of]
+    return outside[-1] if outside and block_of else None
 
 
 def _match(
     model: nn.Module,
     linears: dict[str, AnyLinear],
-    blocks: list[str],
+    block_of: dict[str, str],
     head: str | None,
     config: LosiaConfig,
 ) -> list[str]:
     patterns = config.target_modules
     if patterns in (None, "all-linear"):
-        inside = {n for n in linears if any(n.startswith(b + ".") for b in blocks)}
-        gates = {n for n in inside if linears[n].out_features == 1}
-        wanted = inside if patterns is None and blocks else linears.keys() - {head}
+        gates = {n for n in block_of if linears[n].out_features == 1}
+        wanted = block_of.keys() if patterns is None and block_of else linears.keys() - {head}
         return [n for n in linears if n in wanted - gates]
     modules = dict(model.named_modules(remove_duplicate=False))
     named = _names(modules)
@@ -303,18 +312,3 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
                     f"train_bias=True: {name} and {other} share one bias, which would be trained and kept twice; use "
                     "train_bias=False, or leave one out with target_modules"
                 )
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    """Raise a ValueError, by name, for a linear whose weight is stored in a form that entries cannot be written
-    to: integers, or a tensor subclass that packs them."""
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is None:
-            continue
-        packed = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")
-        if packed or not weight.is_floating_point():
-            raise ValueError(
-                f"{name} ({type(module).__name__}) has quantized weights ({type(weight).__name__}, "
-                f"{weight.dtype}), which cannot be tuned in place; load the model unquantized, in bf16 say"
-            )

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .views import AnyLinear, SubnetHost, SubnetView, View
 
@@ -92,3 +93,18 @@ def refuse(model: nn.Module) -> None:
     for integration in filter(None, map(_integration, sorted(packages))):
         if why := integration.why_not(model):
             raise ValueError(why)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise a ValueError, by name, for a linear whose weight is stored in a form that entries cannot be written
+    to: integers, or a tensor subclass that packs them."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is None:
+            continue
+        packed = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "device_mesh")
+        if packed or not weight.is_floating_point():
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has quantized weights ({type(weight).__name__}, "
+                f"{weight.dtype}), which cannot be tuned in place; load the model unquantized, in bf16 say"
+            )

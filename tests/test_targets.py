@@ -272,3 +272,10 @@ def test_a_block_that_stands_twice_is_one_group():
     model = nn.Sequential(block, toys.Block(), block)
     assert groups(model) == [["0.up", "0.down"], ["1.up", "1.down"]]
     assert model[0] is model[2] is block and isinstance(block.up, SubnetLinear)
+
+
+def test_a_block_that_has_another_name_first_is_a_block():
+    model = toys.stack()
+    model = Holder(first=model.layers[0], layers=model.layers, head=model.head)
+    assert groups(model) == [["first.up", "first.down"], pair(1), pair(2)]
+    assert type(model.head) is nn.Linear
