@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import LosiaConfig, subnet_size
-from .kinds import join, linears_of, refuse, refuse_quantized
+from .kinds import join, linears_of, named_modules, refuse, refuse_quantized
 from .linear import SubnetLinear
 from .sharded import is_sharded
 from .views import AnyLinear, View
@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: LosiaConfig) -> Targets:
         )
     found = {
         join(path, key): linear
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         for key, linear in linears_of(module).items()
     }
     linears = list(found)
@@ -107,9 +107,10 @@ def _left_alone(model: nn.Module) -> str:
 def _warn_of_the_rest(model: nn.Module, blocks: list[str], chosen: list[AnyLinear]) -> None:
     """Say so if most of the blocks' parameters are in layers of other kinds, mixtures that are not known say."""
     inside = {
-        name: p
-        for name, p in model.named_parameters()
-        if any(name.startswith(b + ".") for b in blocks)
+        f"{name}.{key}": p
+        for name, module in named_modules(model)
+        if any(f"{name}.".startswith(b + ".") for b in blocks)
+        for key, p in module.named_parameters(recurse=False)
     }
     adapted = {id(_stored(m)) for m in chosen}
     rest = {name: p.numel() for name, p in inside.items() if id(p) not in adapted}
@@ -133,7 +134,7 @@ def _stored(linear: AnyLinear) -> nn.Parameter | None:
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the modules that repeat, in order; empty if none do."""
     blocks: list[str] = []
-    for name, container in model.named_modules():
+    for name, container in named_modules(model):
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         if any(name.startswith(b + ".") for b in blocks):
@@ -152,7 +153,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
 
 def _block_of(model: nn.Module, blocks: list[str]) -> dict[str, str]:
     """The block that a linear is in, by the linear's first name, under which it may stand elsewhere."""
-    first = {id(m): n for n, m in model.named_modules()}
+    first = {id(m): n for n, m in named_modules(model)}
     return {
         join(first[id(module)], key): block
         for block in reversed(blocks)  # a linear of two is the first one's
@@ -167,7 +168,7 @@ def _output_head(model: nn.Module, linears: list[str], block_of: dict[str, str])
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
-        for name, module in model.named_modules():
+        for name, module in named_modules(model):
             if module is head:
                 return name if name in linears else None
     outside = [n for n in linears if n not in block_of]
@@ -186,7 +187,7 @@ def _match(
         gates = {n for n in block_of if linears[n].out_features == 1}
         wanted = block_of.keys() if patterns is None and block_of else linears.keys() - {head}
         return [n for n in linears if n in wanted - gates]
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     named = _names(modules)
     if isinstance(patterns, str):
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .discover import Targets
+from .kinds import named_modules
 
 
 def find_shared_inputs(
@@ -36,7 +37,7 @@ def find_shared_inputs(
         )
     device = next(model.parameters()).device
     readers: dict[tuple[int, int], list[str]] = {}
-    layers: dict[str, nn.Module] = dict(model.named_modules())
+    layers: dict[str, nn.Module] = dict(named_modules(model))
     kept: list[Tensor] = []  # so that no two inputs have the same id
 
     def watch(group: int, name: str) -> RemovableHandle:

@@ -22,6 +22,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .views import AnyLinear, SubnetHost, SubnetView, View
 
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile and of torch.distributed
+
+
+def named_modules(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` by the names they have without wrappers, which pass attributes on: what is said or
+    saved of a compiled model is good for the plain one."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
+
 
 @functools.cache
 def _integration(package: str) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import losia_pro
 from losia_pro import LosiaConfig, SubnetLinear
@@ -272,6 +273,26 @@ def test_a_block_that_stands_twice_is_one_group():
     model = nn.Sequential(block, toys.Block(), block)
     assert groups(model) == [["0.up", "0.down"], ["1.up", "1.down"]]
     assert model[0] is model[2] is block and isinstance(block.up, SubnetLinear)
+
+
+@pytest.mark.parametrize("what", ["model", "blocks"])
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_what_is_compiled_or_wrapped_goes_by_its_plain_names(wrap, what, tmp_path):
+    """So a delta of it is one of the plain model."""
+    model, plain = toys.stack(), toys.stack()
+    if what == "blocks":
+        model.layers = stack_of(*map(wrap, model.layers))
+    else:
+        model = wrap(model)
+    losia = attach(model, target_modules=r"layers\.[02]\..*")
+    assert losia.groups == [pair(0), pair(2)]
+    with torch.no_grad():
+        losia.modules["layers.2.up"].subnet += 1
+    losia.save_delta(tmp_path / "delta")
+    losia_pro.load_delta(plain, tmp_path / "delta")
+    tuned = losia.detach().get_submodule("layers.2.up").weight
+    assert torch.equal(plain.layers[2].up.weight, tuned)
+    assert groups(model) == [pair(i) for i in range(3)]
 
 
 def test_a_block_that_has_another_name_first_is_a_block():
