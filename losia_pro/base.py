@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,14 @@ class Touched:
             the weight's dtype: an entry is kept once, however often a subnet comes back to it.
         bias: the base's bias, if it may differ.
         swapped: whether the linear has the base's values now, and ``values`` and ``bias`` the tuned ones.
+        loaded: whether the linear's state dict was loaded since.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.values: list[Tensor] = []
         self.bias: Tensor | None = None
-        self.swapped = False
+        self.swapped = self.loaded = False
 
     @torch.no_grad()
     def add(self, weight: Tensor, out_idx: Tensor, in_idx: Tensor) -> None:
@@ -122,6 +124,19 @@ def holds(module: SubnetLinear) -> bool:
     if touched.bias is not None and bias is not None:
         same &= torch.equal(sharded.whole(bias).cpu(), touched.bias)
     return same
+
+
+def warn_of_loaded(losia: Losia) -> None:
+    """Say, at the first step, that the model has other weights than those that ``base_decay`` pulls towards; to be
+    called by all ranks."""
+    loaded = (n for n, m in losia.modules.items() if m.touched.loaded and not holds(m))
+    if losia.step == 0 and losia.config.base_decay and (name := next(loaded, None)):
+        warnings.warn(
+            f"weights were loaded after attach(), e.g. {name}'s, and base_decay pulls towards those of before: call "
+            "attach() once the model has its weights, or to go on with a run load the state of its Losia too",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def record(losia: Losia, names: Iterable[str]) -> None:

@@ -178,6 +178,7 @@ class Losia:
         check_optimizer(optimizer, self._subnets())  # fully_shard() puts others in their place
         overflow = found_inf is not None and bool(found_inf)
         self._skip = overflow or is_rehearsal(optimizer, self._ranks.any if self._ranks else bool)
+        base.warn_of_loaded(self)
         self._last = {
             n: m.subnet.detach().clone()
             for group in self.schedule.reselected(self.step)

@@ -267,6 +267,7 @@ class SubnetLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if prefix + "subnet" in missing:
             missing.remove(prefix + "subnet")
+        self.touched.loaded = True
         self.adopt_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:

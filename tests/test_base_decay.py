@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import toys
+from bound import attached
 from runs import STEPS, Run
 from torch import nn
 
@@ -240,3 +242,25 @@ def test_an_optimizer_without_a_learning_rate_trains_without_decay_alone():
     (found, losses), (same, wanted) = bound(Rateless, 0.0), bound(torch.optim.SGD, 0.0, lr=0.1)
     assert losses == wanted
     toys.equal_bits(found.state_dict(), same.state_dict())
+
+
+@pytest.mark.parametrize("loaded", ["nothing", "the same", "others", "a run"])
+def test_weights_loaded_after_attach_are_not_what_decay_pulls_towards(loaded):
+    """Which a loop is told, but where they are those of a run that goes on."""
+    model, losia, optimizer = attached(LosiaConfig(), torch.float32)
+    if loaded == "others":
+        model.load_state_dict(toys.stack(seed=1).state_dict())
+    elif loaded == "the same":
+        model.load_state_dict(toys.stack().state_dict())
+    elif loaded == "a run":
+        other, run, trains = attached(LosiaConfig(), torch.float32)
+        list(toys.train(other, trains, toys.batches(2)))
+        losia.load_state_dict(run.state_dict())
+        model.load_state_dict(other.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(toys.train(model, optimizer, toys.batches(2)))
+    told = [
+        "weights were loaded after attach(), e.g. layers.0.up's" in str(w.message) for w in caught
+    ]
+    assert sum(told) == (loaded == "others")
