@@ -42,7 +42,7 @@ class LosiaConfig:
             chosen anew, and their learning rate is rewarmed over the next ``T``. None: subnets stay
             where they are and nothing is profiled.
         output_factor: ``p_o``: the output head keeps all inputs and ``floor(out * p_o)`` outputs; 0
-            leaves it frozen.
+            leaves it frozen. Of a head tied to the embedding, its gradient as a head counts.
         target_modules: names or suffixes of linears, or one string taken as a regular expression over the
             whole name ("all-linear": every linear but the output head), as PEFT reads them. None: every
             linear inside the repeated blocks. An expert's is ``experts.down_proj.3``; ``down_proj`` and

@@ -298,7 +298,7 @@ def check_weights(linears: dict[str, AnyLinear], config: LosiaConfig) -> None:
         if weight in owners:
             raise ValueError(
                 f"{name} and {owners[weight]} share one weight; two subnets in it would overwrite "
-                "each other: leave one out with target_modules"
+                "each other: leave one out with target_modules; the gradient is then the other's alone"
             )
         if config.train_bias and index is not None and linear.bias is not None:
             raise ValueError(
