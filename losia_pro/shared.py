@@ -20,9 +20,8 @@ class SharedInputs:
         self._forget()
 
     def _forget(self, _: object = None) -> None:
-        self._x: weakref.ref[Tensor] | None = None
-        self._state: tuple[object, ...] = ()
-        self._columns: Tensor | None = None
+        # Set and read as one: threads that call the layers at a time each have an x of their own.
+        self._kept: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Tensor]:
         return {"in_idx": self.in_idx}
@@ -41,7 +40,7 @@ class SharedInputs:
             return gather(flat)
         version = 0 if x.is_inference() else x._version
         state = (version, flat.dtype, self.in_idx._version)
-        if self._columns is None or self._x is None or self._x() is not x or self._state != state:
-            self._columns = gather(flat)
-            self._x, self._state = weakref.ref(x, self._forget), state
-        return self._columns
+        kept = self._kept
+        if kept is None or kept[0]() is not x or kept[1] != state:
+            kept = self._kept = weakref.ref(x, self._forget), state, gather(flat)
+        return kept[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losia_pro import subnet_linear
+from losia_pro.shared import SharedInputs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -253,3 +256,30 @@ def test_a_subnet_of_none_of_one_neuron_gets_an_empty_gradient(n_out, n_in):
     subnet = torch.empty(n_out, n_in, requires_grad=True)
     subnet_linear(torch.ones(5, 1), torch.ones(1, 1), subnet, out_idx, in_idx).sum().backward()
     assert subnet.grad.shape == (n_out, n_in)
+
+
+class Between:
+    """A dtype that is equal to all; while it is compared, something else happens, as if in another thread."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self.happens = happens
+
+    def __eq__(self, other: object) -> bool:
+        self.happens()
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_threads_that_share_inputs_each_get_the_columns_of_their_own():
+    shared, x, other = SharedInputs(torch.tensor([0, 2])), torch.zeros(1, 4), torch.ones(1, 4)
+
+    def gather(_: object) -> Tensor:
+        return x[:, shared.in_idx]
+
+    def another() -> Tensor:
+        return shared.columns(other, other, lambda flat: flat[:, shared.in_idx])
+
+    flats = [SimpleNamespace(dtype=Between(another)) for _ in range(2)]
+    first, second = (shared.columns(x, flat, gather) for flat in flats)
+    assert second is first

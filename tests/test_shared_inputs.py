@@ -186,10 +186,10 @@ def test_the_columns_are_kept_once_and_no_longer_than_their_input():
         y = layer.gate(h) + layer.up(h)
     columns = [t for t in kept if t.shape == (5, layer.gate.in_idx.numel())]
     assert len(columns) == 2 and columns[0] is columns[1]
-    assert layer.gate.shared._columns is columns[0]
+    assert layer.gate.shared._kept[-1] is columns[0]
     kept.clear()
     del columns, y, h
-    assert layer.gate.shared._columns is None
+    assert layer.gate.shared._kept is None
 
 
 def test_an_input_that_changed_in_place_is_gathered_anew():
