@@ -129,9 +129,11 @@ def holds(module: SubnetLinear) -> bool:
 def warn_of_loaded(losia: Losia) -> None:
     """Say, at the first step, that the model has other weights than those that ``base_decay`` pulls towards; not of
     sharded ones, which ranks may have loaded differently and could only compare together."""
+    if losia.step or not losia.config.base_decay:
+        return
     mine = {n: m for n, m in losia.modules.items() if not sharded.is_sharded(m.weight)}
     loaded = (n for n, m in mine.items() if m.touched.loaded and not holds(m))
-    if losia.step == 0 and losia.config.base_decay and (name := next(loaded, None)):
+    if name := next(loaded, None):
         warnings.warn(
             f"weights were loaded after attach(), e.g. {name}'s, and base_decay pulls towards those of before: call "
             "attach() once the model has its weights, or to go on with a run load the state of its Losia too",
