@@ -4,7 +4,7 @@
     python -m benchmarks.profile_kernels --cases 'subnet_grad 11008x4096'
 
 Each case is the default implementation on the inputs of ``losia-pro bench kernels``, in a process of its own under
-``ncu``: checked, warmed up, then one call is profiled. Writes ``results/profile-kernels-MODEL-DEVICE.json``, one row
+``ncu``: checked, warmed up, then one call is profiled. Writes ``runs/profile-kernels-MODEL-DEVICE.json``, one row
 a launch: bytes moved, bandwidth, use of the tensor cores and the main reasons why warps waited.
 """
 

@@ -195,8 +195,9 @@ class SubnetLinear(nn.Linear):
             ValueError: wrong size, dtype, device, range, duplicates or no runs; inputs that are shared with
                 other linears (``select_together`` moves them all). Nothing has changed then.
         """
-        in_idx = checked_idx(self, "in_idx", in_idx)
-        if self.shared is not None and not torch.equal(in_idx, self.in_idx):
+        if self.shared is not None and not torch.equal(
+            checked_idx(self, "in_idx", in_idx), self.in_idx
+        ):
             raise ValueError("in_idx is shared with other linears; select_together moves them all")
         select_together([self], [out_idx], in_idx)
 
